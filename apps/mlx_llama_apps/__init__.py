@@ -1,0 +1,1 @@
+"""The `mlx-llama` command."""

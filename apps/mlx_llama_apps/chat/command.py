@@ -1,0 +1,141 @@
+"""The chat itself: reads a line, runs a command or streams an answer, until the user leaves."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from mlx_llama.options import GenerationOptions
+from mlx_llama_apps import paths
+from mlx_llama_apps.chat.commands import parse
+from mlx_llama_apps.chat.talk import Talk, make_talk
+from mlx_llama_apps.flags import GenerationFlags, given
+from mlx_llama_apps.inference import Inference, model_loader
+from mlx_llama_apps.terminal import StatusLine
+
+if TYPE_CHECKING:
+    from mlx_llama import Llama, Step
+    from mlx_llama_apps.chat.screen import Screen
+
+
+def chat(
+    model: str,
+    /,
+    *,
+    system: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    date: str | None = None,
+    flags: GenerationFlags | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Talk to a model. /help shows the commands, Ctrl-C stops an answer, Ctrl-D leaves.
+
+    Parameters
+    ----------
+    model
+        a model directory, or the name of one in the models folder
+    system
+        the system prompt
+    date
+        date for the system block of Llama 3.1 and later, such as "26 Jul 2024" (default: none)
+    dtype
+        dtype of activations: bfloat16, float16 or float32 (default: what suits the device)
+    """
+    from mlx_llama_apps.chat.screen import Screen
+
+    options = given(flags)
+    GenerationOptions(**options)  # a wrong option is told before the model is loaded
+    path = paths.resolve_model(model)
+    screen = Screen()
+    with StatusLine() as status:
+        load = model_loader(path, dtype, status)
+        inference = Inference(lambda: make_talk(load(), system=system, date=date, options=options))
+        inference.start()
+    _Conversation(inference, screen).run()
+    if inference.is_busy:
+        # A cancelled slice is still being computed; the interpreter must not be torn down under it.
+        sys.stdout.flush()
+        os._exit(0)
+
+
+class _Conversation:
+    """The loop between the screen and the inference thread."""
+
+    def __init__(self, inference: Inference[Talk], screen: Screen) -> None:
+        self._inference = inference
+        self._screen = screen
+        self._is_leaving = False
+
+    def run(self) -> None:
+        """Converse until the user leaves or the input ends."""
+        if self._screen.is_interactive:
+            self.say(self._inference.call(lambda talk: _greeting(talk.llama)))
+        while not self._is_leaving:
+            try:
+                line = self._screen.read()
+            except KeyboardInterrupt:
+                self.say("Ctrl-D or /exit leaves")
+                continue
+            if line is None:
+                return
+            if line.strip():
+                self._handle(line)
+            if not self._screen.is_interactive:
+                return
+
+    def say(self, text: str) -> None:
+        """Print a remark of the program's own."""
+        self._screen.say(text)
+
+    def clear(self) -> None:
+        """Forget the conversation."""
+        self._inference.call(lambda talk: talk.clear())
+
+    def leave(self) -> None:
+        """End the chat after this command."""
+        self._is_leaving = True
+
+    def _handle(self, line: str) -> None:
+        if not self._screen.is_interactive:  # what is piped is a message, slashes and all
+            self._answer(line)
+            return
+        try:
+            command, message = parse(line)
+        except LookupError as error:
+            self.say(str(error.args[0]))
+            return
+        if command is None:
+            self._answer(message)
+        else:
+            command.action(self)
+
+    def _answer(self, message: str) -> None:
+        reason, stats = "cancelled", None
+        with StatusLine() as status:
+
+            def ask(talk: Talk, cancel: threading.Event) -> Iterator[Step]:
+                def on_prefill(done: int, total: int) -> None:
+                    status.show(f"reading the prompt: {done} of {total} tokens")
+
+                return talk.answer(message, on_prefill=on_prefill, cancel=cancel)
+
+            try:
+                for step in self._inference.stream(ask):
+                    status.close()
+                    self._screen.write(step.text)
+                    reason, stats = step.finish_reason, step.stats
+            except KeyboardInterrupt:
+                if not self._screen.is_interactive:
+                    raise
+        self._screen.end_answer(reason, stats)
+
+
+def _greeting(llama: Llama) -> str:
+    config = llama.config
+    how = "continues your text" if llama.kind.is_base else "/help shows the commands"
+    base = " (base model)" if llama.kind.is_base else ""
+    return f"{llama.path.name}: {llama.kind.name}{base}, context {config.max_context}; {how}"

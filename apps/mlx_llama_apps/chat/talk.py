@@ -1,0 +1,104 @@
+"""A conversation with a model, as the inference thread holds it; knows no terminal."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mlx_llama.errors import OptionError
+
+if TYPE_CHECKING:
+    from mlx_llama import Llama, Step
+
+OnPrefill = Callable[[int, int], None]
+
+
+class Talk(Protocol):
+    """What the chat needs of a conversation."""
+
+    llama: Llama
+
+    def answer(
+        self, text: str, *, on_prefill: OnPrefill, cancel: threading.Event
+    ) -> Iterator[Step]:
+        """Add what the user typed and answer it."""
+        ...
+
+    def clear(self) -> None:
+        """Forget the conversation; the system prompt stays."""
+        ...
+
+
+class MessageTalk:
+    """Messages in the model's chat format."""
+
+    def __init__(
+        self, llama: Llama, *, system: str | None, date: str | None, options: dict[str, Any]
+    ) -> None:
+        from mlx_llama import Message
+
+        self.llama = llama
+        self._date = date
+        self._options = options
+        self._opening = [] if system is None else [Message("system", system)]
+        self._session = llama.session()
+        # Made now, so that a kind without a chat format is refused before the first question.
+        _ = llama.prompt_format
+        self.clear()
+
+    def answer(
+        self, text: str, *, on_prefill: OnPrefill, cancel: threading.Event
+    ) -> Iterator[Step]:
+        """Ask the session, which prefills the new turn alone."""
+        return self._session.ask(
+            text, date=self._date, on_prefill=on_prefill, cancel=cancel, **self._options
+        )
+
+    def clear(self) -> None:
+        """Forget the conversation; the system prompt stays."""
+        self._session.clear()
+        self._session.messages = list(self._opening)
+
+
+class TextTalk:
+    """A base model: one growing text, which the model continues where the user stops."""
+
+    def __init__(self, llama: Llama, *, options: dict[str, Any]) -> None:
+        self.llama = llama
+        self._options = options
+        self._session = llama.session()
+        self._ids: list[int] = []
+
+    def answer(
+        self, text: str, *, on_prefill: OnPrefill, cancel: threading.Event
+    ) -> Iterator[Step]:
+        """Append the text and continue it."""
+        self._ids += self.llama.tokenizer.encode(text, bos=not self._ids)
+        steps = self._session.complete(
+            self._ids, on_prefill=on_prefill, cancel=cancel, **self._options
+        )
+        for step in steps:
+            # The end-of-text token is left out: what the user adds continues the same text.
+            if step.token_id is not None and step.finish_reason != "eos":
+                self._ids.append(step.token_id)
+            yield step
+
+    def clear(self) -> None:
+        """Begin a new text."""
+        self._ids.clear()
+        self._session.clear()
+
+
+def make_talk(
+    llama: Llama, *, system: str | None, date: str | None, options: dict[str, Any]
+) -> Talk:
+    """Begin the conversation that suits the model's kind."""
+    if not llama.kind.is_base:
+        return MessageTalk(llama, system=system, date=date, options=options)
+    if system is not None or date is not None:
+        raise OptionError(
+            f"--system and --date: {llama.path.name} is a base model ({llama.kind.name}), which "
+            "has no chat format"
+        )
+    return TextTalk(llama, options=options)

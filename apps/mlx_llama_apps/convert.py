@@ -1,0 +1,103 @@
+"""`mlx-llama convert`: a checkpoint folder becomes a model directory."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from mlx_llama.errors import OptionError
+from mlx_llama.options import ConvertOptions
+from mlx_llama_apps import paths
+from mlx_llama_apps.flags import ConvertFlags, given
+from mlx_llama_apps.progress import byte_bar, remark
+
+if TYPE_CHECKING:
+    from mlx_llama_convert.plan import ConversionPlan
+
+MAX_THREADS = 8  # packing is bound by memory beyond that
+
+
+def convert(
+    source: Path,
+    /,
+    *,
+    output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
+    flags: ConvertFlags | None = None,
+    no_quantize: Annotated[bool, Parameter(negative=())] = False,
+    dry_run: Annotated[bool, Parameter(negative=())] = False,
+    force: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Turn a checkpoint into a model directory that mlx-llama, mlx-lm and LM Studio load.
+
+    Progress goes to stderr; the last line on stdout is the directory's path.
+
+    Parameters
+    ----------
+    source
+        folder of Meta's files (consolidated.00.pth, params.json, tokenizer.model) or Hugging
+        Face's (config.json, safetensors)
+    output
+        the directory to write (default: in the models folder, named after source and bits)
+    no_quantize
+        keep the matrices as they are
+    dry_run
+        print the plan and stop
+    force
+        replace a model directory that exists
+    """
+    from mlx_llama_convert import convert_checkpoint, make_plan, open_source
+    from mlx_llama_convert.output import check_target
+
+    wanted = given(flags)
+    if no_quantize and "bits" in wanted:
+        raise OptionError("--bits: does nothing with --no-quantize; leave one of them out")
+    options = ConvertOptions(**wanted, quantize=not no_quantize)
+    bits = options.bits if options.quantize else None
+    target = output or paths.default_output(source, bits=bits)
+    if not dry_run:
+        check_target(target, force=force)
+    plan = make_plan(open_source(source, options), options)
+    for line in plan_lines(plan, target):
+        print(line, file=sys.stdout if dry_run else sys.stderr)
+    if dry_run:
+        return
+    started = monotonic()
+    with byte_bar("converting") as on_progress:
+        convert_checkpoint(
+            plan,
+            target,
+            n_threads=min(os.cpu_count() or 1, MAX_THREADS),
+            force=force,
+            command=["mlx-llama", *sys.argv[1:]],
+            on_progress=on_progress,
+        )
+    elapsed = monotonic() - started
+    remark(f"done in {elapsed:.1f} s, {plan.source_bytes / 1e9 / max(elapsed, 1e-9):.2f} GB/s read")
+    print(target)
+
+
+def plan_lines(plan: ConversionPlan, target: Path) -> list[str]:
+    """Return the plan as it is shown before any work."""
+    config, source = plan.config, plan.source
+    stored = ", ".join(f"{count} × {how}" for how, count in plan.format_counts.items())
+    lines = [
+        f"source    {source.path} ({source.layout}, {plan.source_bytes / 1e9:.2f} GB)",
+        f"kind      {source.kind.value} ({source.kind.reason})",
+        f"shape     {config.parameter_count / 1e6:,.1f} M parameters, {config.n_layers} layers, "
+        f"dim {config.dim}, {config.n_heads} heads, {config.n_kv_heads} key/value heads, "
+        f"vocabulary {config.vocab_size}",
+    ]
+    if config.rope_scaling is not None:
+        lines.append(f"RoPE      factor {config.rope_scaling.factor:g} ({source.rope})")
+    lines += [
+        f"matrices  {stored}",
+        f"output    {target} ({plan.output_bytes / 1e9:.2f} GB, "
+        f"{plan.bits_per_weight:.2f} bits per weight)",
+    ]
+    return lines + [f"note      {note}" for note in plan.notes]
+

@@ -1,0 +1,78 @@
+"""Turns the option dataclasses of `mlx_llama.options` into command-line flags.
+
+Every flag keeps the field's name, help and check; one that is not given is left out, so that a
+model directory's own defaults can take its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field, field, fields, make_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+from cyclopts import Parameter
+
+from mlx_llama.errors import OptionError
+from mlx_llama.options import ConvertOptions, GenerationOptions
+
+
+def _flags_of(options: type, **types: Any) -> type:
+    """Make a dataclass of optional flags; `types` says how some are given on a command line."""
+    hints = get_type_hints(options)
+    made: list[tuple[str, Any, Any]] = []
+    for spec in fields(options):
+        if spec.metadata.get("python_only"):
+            continue
+        kind = types.get(spec.name, hints[spec.name])
+        parameter = Parameter(
+            help=spec.metadata["help"] + _default_help(spec),
+            negative=(),
+            show_default=False,
+            allow_leading_hyphen=True,
+        )
+        made.append((spec.name, Annotated[kind | None, parameter], field(default=None)))
+    return make_dataclass(f"{options.__name__}Flags", made, frozen=True)
+
+
+def _default_help(spec: Field[Any]) -> str:
+    if spec.default in (MISSING, None, False, True) or "default" in spec.metadata["help"]:
+        return ""
+    return f" (default: {spec.default})"
+
+
+if TYPE_CHECKING:
+
+    class GenerationFlags:
+        """The fields of `GenerationOptions`, each None when it was not given."""
+
+    class ConvertFlags:
+        """The fields of `ConvertOptions`, each None when it was not given."""
+
+else:
+    GenerationFlags = Parameter(name="*")(
+        _flags_of(
+            GenerationOptions,
+            logit_bias=list[str],
+        )
+    )
+    ConvertFlags = Parameter(name="*")(_flags_of(ConvertOptions))
+
+
+def given(flags: object) -> dict[str, Any]:
+    """Return the flags that were given, as keywords of the option dataclass."""
+    if flags is None:
+        return {}
+    found = {spec.name: getattr(flags, spec.name) for spec in fields(flags)}  # pyright: ignore[reportArgumentType]
+    found = {name: value for name, value in found.items() if value is not None}
+    if "logit_bias" in found:
+        found["logit_bias"] = dict(_bias(text) for text in found["logit_bias"])
+    return found
+
+
+def _bias(text: str) -> tuple[str, float]:
+    token, equals, number = text.rpartition("=")
+    try:
+        if equals and token:
+            return token, float(number)
+    except ValueError:
+        pass
+    raise OptionError(f"--logit-bias: found {text!r}, expected TEXT=NUMBER, such as ' yes=2.5'")

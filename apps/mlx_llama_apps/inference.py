@@ -1,0 +1,137 @@
+"""The one thread that loads the model and owns every array; commands talk to it by queues.
+
+A running evaluation cannot be interrupted, so whoever must stay responsive waits here instead: on
+Ctrl-C the caller goes on at once, and the thread gives up at its next slice.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from mlx_llama_apps.terminal import StatusLine
+
+if TYPE_CHECKING:
+    from mlx_llama import Llama, Step
+
+T = TypeVar("T")
+S = TypeVar("S")
+Steps = Callable[["S", threading.Event], "Iterator[Step]"]
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """Closes a job's results: its value, or what it raised."""
+
+    value: object = None
+    error: BaseException | None = None
+
+
+@dataclass(slots=True)
+class _Job:
+    """Work for the thread; whatever `work` yields goes into `results`, then an `_End`."""
+
+    work: Callable[[], Iterator[object]]
+    cancel: threading.Event = field(default_factory=threading.Event)
+    results: queue.SimpleQueue[object] = field(default_factory=queue.SimpleQueue)
+
+
+class Inference(Generic[S]):
+    """Runs a state of type S (a model, a conversation) on a thread of its own.
+
+    make: builds the state on the thread; what it raises is raised by `start`.
+    """
+
+    def __init__(self, make: Callable[[], S]) -> None:
+        self._make = make
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._state: S
+        self._running: _Job | None = None
+        # A daemon: a slice in flight must not keep the program from ending.
+        self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a cancelled slice is still being computed."""
+        return self._running is not None or not self._jobs.empty()
+
+    def start(self) -> None:
+        """Start the thread and wait until the state is made."""
+        self._thread.start()
+
+        def make() -> Iterator[object]:
+            self._state = self._make()
+            yield from ()
+
+        self._wait(self._submit(make))
+
+    def call(self, function: Callable[[S], T]) -> T:
+        """Run a function on the thread and return its result, after the jobs before it."""
+
+        def work() -> Iterator[object]:
+            yield function(self._state)
+
+        return self._wait(self._submit(work))  # pyright: ignore[reportReturnType]
+
+    def stream(self, function: Steps[S]) -> Iterator[Step]:
+        """Yield the steps that a function makes on the thread.
+
+        Closing the iterator early (Ctrl-C, too) returns at once; the thread stops at its next
+        slice, and later jobs wait for that.
+        """
+
+        def work() -> Iterator[object]:
+            yield from function(self._state, job.cancel)
+
+        job = _Job(work)
+        self._jobs.put(job)
+        try:
+            while not isinstance(result := job.results.get(), _End):
+                yield result  # pyright: ignore[reportReturnType]
+            if result.error is not None:
+                raise result.error
+        finally:
+            job.cancel.set()
+
+    def _submit(self, work: Callable[[], Iterator[object]]) -> _Job:
+        job = _Job(work)
+        self._jobs.put(job)
+        return job
+
+    def _wait(self, job: _Job) -> object:
+        value: object = None
+        while not isinstance(result := job.results.get(), _End):
+            value = result
+        if result.error is not None:
+            raise result.error
+        return value
+
+    def _work(self) -> None:
+        while True:
+            self._running = job = self._jobs.get()
+            end = _End()
+            try:
+                for result in job.work():
+                    job.results.put(result)
+            except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+                end = _End(error=error)
+            self._running = None
+            job.results.put(end)
+
+
+def model_loader(path: Path, dtype: str | None, status: StatusLine) -> Callable[[], Llama]:
+    """Return what loads a model on the inference thread, telling the layers done."""
+
+    def load() -> Llama:
+        import mlx_llama
+
+        def on_block(done: int, total: int) -> None:
+            status.show(f"loading {path.name}: layer {done} of {total}")
+
+        return mlx_llama.load(path, dtype=dtype, on_block=on_block)
+
+    return load

@@ -1,0 +1,59 @@
+"""Where files have their home; nothing else knows.
+
+`MLX_LLAMA_HOME` moves everything into one folder; tests set it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+from mlx_llama.errors import CheckpointError
+
+APP_NAME = "mlx-llama"
+
+
+def data_folder() -> Path:
+    """Return the folder of what the user keeps: models, chats, history."""
+    home = os.environ.get("MLX_LLAMA_HOME")
+    if home:
+        return Path(home).expanduser() / "data"
+    return platformdirs.user_data_path(APP_NAME, appauthor=False)
+
+
+def models_folder() -> Path:
+    """Return the folder that `convert` writes to without --output."""
+    return data_folder() / "models"
+
+
+def history_file() -> Path:
+    """Return the file of what was typed into the chat."""
+    return data_folder() / "history"
+
+
+def default_output(source: Path, *, bits: int | None) -> Path:
+    """Return where a conversion goes when the user does not say: `<models>/<name>-4bit`."""
+    resolved = source.resolve()
+    name = resolved.parent.name if resolved.name == "original" else resolved.name
+    return models_folder() / (name if bits is None else f"{name}-{bits}bit")
+
+
+def resolve_model(text: str) -> Path:
+    """Return the folder that MODEL means: a path, or a name in the models folder.
+
+    Raises CheckpointError with the command that would make a model of what was given.
+    """
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    is_name = Path(text).name == text and text not in ("", ".", "..")
+    if is_name and (models_folder() / text).is_dir():
+        return models_folder() / text
+    known = sorted(p.name for p in models_folder().glob("*") if (p / "config.json").is_file())
+    at_hand = f"; at hand: {', '.join(known)}" if known else ""
+    raise CheckpointError(
+        f"{text}: no such folder, and no model of that name in {models_folder()}{at_hand}; make "
+        "one: mlx-llama convert FOLDER"
+    )

@@ -1,0 +1,62 @@
+"""Progress and remarks on stderr; stdout belongs to results."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import monotonic
+
+SECONDS_BETWEEN_LINES = 5.0
+
+OnBytes = Callable[[int, int, str], None]
+
+
+def remark(text: str) -> None:
+    """Print a line for the person who watches."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def byte_bar(title: str) -> Iterator[OnBytes]:
+    """Yield a callback(done, total, name) that draws a bar, or plain lines without a terminal."""
+    if not sys.stderr.isatty():
+        yield _plain_lines(title)
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=None)
+
+        def show(done: int, total: int, name: str) -> None:
+            del name
+            progress.update(task, completed=done, total=total)
+
+        yield show
+
+
+def _plain_lines(title: str) -> OnBytes:
+    last = monotonic()
+
+    def show(done: int, total: int, name: str) -> None:
+        nonlocal last
+        if monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = monotonic()
+            remark(f"{title}: {done / 1e6:.0f} of {total / 1e6:.0f} MB, {name}")
+
+    return show

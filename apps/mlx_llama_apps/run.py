@@ -1,0 +1,138 @@
+"""`mlx-llama run`: one prompt, one answer; stdout carries the answer and nothing else."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from mlx_llama.errors import MlxLlamaError, OptionError
+from mlx_llama.options import GenerationOptions
+from mlx_llama_apps import paths
+from mlx_llama_apps.flags import GenerationFlags, given
+from mlx_llama_apps.inference import Inference, model_loader
+from mlx_llama_apps.progress import remark
+from mlx_llama_apps.terminal import StatusLine, write_text
+
+if TYPE_CHECKING:
+    from mlx_llama import Llama, Step
+
+
+def run(
+    model: str,
+    prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    /,
+    *,
+    system: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    raw: Annotated[bool, Parameter(negative=())] = False,
+    date: str | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    flags: GenerationFlags | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Answer one prompt on stdout.
+
+    Parameters
+    ----------
+    model
+        a model directory, or the name of one in the models folder
+    prompt
+        the prompt; missing or "-" reads standard input, less its last newline
+    system
+        the system prompt
+    raw
+        continue the prompt as plain text, without the chat format; base models do so anyway
+    date
+        date for the system block of Llama 3.1 and later, such as "26 Jul 2024" (default: none)
+    as_json
+        print one JSON object: text, token ids, log-probabilities, finish reason, statistics
+    dtype
+        dtype of activations: bfloat16, float16 or float32 (default: what suits the device)
+    """
+    wanted = given(flags)
+    GenerationOptions(**wanted)  # a wrong option is told before the model is loaded
+    if raw and (system is not None or date is not None):
+        raise OptionError("--system and --date: do nothing with --raw; leave one of them out")
+    path = paths.resolve_model(model)
+    text = _read_stdin() if prompt in (None, "-") else prompt
+    with StatusLine() as status:
+        inference = Inference(model_loader(path, dtype, status))
+        inference.start()
+    steps = inference.stream(_asking(text, raw, system, date, wanted, as_json))
+    if as_json:
+        print(json.dumps(_as_object(steps), ensure_ascii=False))
+    else:
+        _print_text(steps)
+
+
+def _asking(
+    text: str,
+    raw: bool,
+    system: str | None,
+    date: str | None,
+    options: dict[str, Any],
+    with_logprobs: bool,
+) -> Callable[[Llama, threading.Event], Iterator[Step]]:
+    """Return what the inference thread is to do."""
+
+    def ask(llama: Llama, cancel: threading.Event) -> Iterator[Step]:
+        if with_logprobs:
+            options["logprobs"] = 1
+        if raw or llama.kind.is_base:
+            if system is not None or date is not None:
+                raise OptionError(
+                    f"--system and --date: {llama.path.name} is a base model ({llama.kind.name}), "
+                    "which has no chat format"
+                )
+            return llama.stream(text, cancel=cancel, **options)
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": text})
+        return llama.stream_chat(messages, date=date, cancel=cancel, **options)
+
+    return ask
+
+
+def _print_text(steps: Iterator[Step]) -> None:
+    """Print the text as it comes and end it with one newline."""
+    last = ""
+    try:
+        for step in steps:
+            if step.text:
+                last = step.text
+                write_text(step.text, sys.stdout)
+    finally:
+        if not last.endswith("\n"):
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+
+def _as_object(steps: Iterator[Step]) -> dict[str, Any]:
+    collected = list(steps)
+    tokens = [step for step in collected if step.token_id is not None]
+    end = collected[-1]
+    return {
+        "text": "".join(step.text for step in collected),
+        "token_ids": [step.token_id for step in tokens],
+        "logprobs": [step.logprob for step in tokens],
+        "finish_reason": end.finish_reason,
+        "stats": None if end.stats is None else asdict(end.stats),
+    }
+
+
+def _read_stdin() -> str:
+    if sys.stdin.isatty():
+        remark("reading the prompt from the terminal; Ctrl-D on an empty line ends it")
+    data = sys.stdin.buffer.read()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise MlxLlamaError(
+            f"standard input: byte {data[error.start]:#04x} at {error.start} is not UTF-8; "
+            "convert it first, for example with iconv"
+        ) from error
+    return text.removesuffix("\n").removesuffix("\r")

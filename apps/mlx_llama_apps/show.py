@@ -1,0 +1,120 @@
+"""`mlx-llama show`: what a model directory is, without loading its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from mlx_llama_apps import paths
+
+if TYPE_CHECKING:
+    from mlx_llama.loading import ModelDirectory
+
+
+def show(
+    model: str,
+    /,
+    *,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Say what a model directory holds and how it will run.
+
+    Parameters
+    ----------
+    model
+        a model directory, or the name of one in the models folder
+    as_json
+        print one JSON object
+    """
+    from mlx_llama.loading import open_model_directory
+
+    facts = model_facts(open_model_directory(paths.resolve_model(model)))
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False, indent=2))
+        return
+    for name, value in _rows(facts):
+        print(f"{name:<14}{value}")
+
+
+def model_facts(directory: ModelDirectory) -> dict[str, Any]:
+    """Collect what `show` prints, as JSON holds it; sizes in bytes."""
+    from mlx_llama import ops
+    from mlx_llama.kinds import kind_named
+
+    config, scaling = directory.config, directory.config.rope_scaling
+    formats = directory.format_counts
+    dtype = ops.compute_dtype(config.dtype, is_quantized=directory.is_quantized, asked=None)
+    return {
+        "path": str(directory.path),
+        "kind": {"value": directory.kind.value, "reason": directory.kind.reason},
+        "prompt_format": kind_named(config.kind).prompt,
+        "parameters": config.parameter_count,
+        "layers": config.n_layers,
+        "dim": config.dim,
+        "hidden_dim": config.hidden_dim,
+        "heads": config.n_heads,
+        "kv_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "vocabulary": config.vocab_size,
+        "tied": config.tied,
+        "context": config.max_context,
+        "rope": {
+            "theta": config.rope_theta,
+            "type": "default" if scaling is None else scaling.rope_type,
+            "factor": None if scaling is None else scaling.factor,
+        },
+        "matrices": formats,
+        "bits_per_weight": round(8 * directory.weight_bytes / config.parameter_count, 4),
+        "weight_bytes": directory.weight_bytes,
+        "kv_bytes_per_token": config.kv_bytes_per_token(dtype.size),
+        "tokenizer": directory.tokenizer.family,
+        "source_files": _source_files(directory.path),
+        "backend": ops.backend(),
+        "dtype": str(dtype).removeprefix("mlx.core."),
+    }
+
+
+def _source_files(path: Path) -> list[dict[str, Any]]:
+    """Return the files that the directory was made of, by its manifest."""
+    from mlx_llama.loading import MAX_JSON_BYTES
+    from mlx_llama.strict_json import load_json
+
+    if not (path / "manifest.json").is_file():
+        return []
+    source = load_json(path / "manifest.json", max_bytes=MAX_JSON_BYTES).get("source")
+    files = source.get("files") if isinstance(source, dict) else None
+    return [f for f in files if isinstance(f, dict)] if isinstance(files, list) else []
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    rope = facts["rope"]
+    scaling = "" if rope["factor"] is None else f", {rope['type']} scaling, factor {rope['factor']:g}"
+    matrices = ", ".join(f"{count} × {how}" for how, count in facts["matrices"].items())
+    rows = [
+        ("model", facts["path"]),
+        ("kind", f"{facts['kind']['value']} ({facts['kind']['reason']})"),
+        ("prompt", facts["prompt_format"]),
+        (
+            "shape",
+            f"{facts['parameters'] / 1e6:,.2f} M parameters, {facts['layers']} layers, dim "
+            f"{facts['dim']}, feed-forward {facts['hidden_dim']}, {facts['heads']} heads, "
+            f"{facts['kv_heads']} key/value heads of {facts['head_dim']}",
+        ),
+        ("vocabulary", f"{facts['vocabulary']} ({facts['tokenizer']})"),
+        ("output", "the embedding (tied)" if facts["tied"] else "its own matrix"),
+        ("context", f"{facts['context']} tokens, {facts['kv_bytes_per_token']:,} bytes each"),
+        ("RoPE", f"theta {rope['theta']:g}{scaling}"),
+        ("matrices", matrices),
+        (
+            "weights",
+            f"{facts['weight_bytes'] / 1e6:,.2f} MB, {facts['bits_per_weight']:.2f} bits per weight",
+        ),
+        ("runs on", f"{facts['backend']}, {facts['dtype']}"),
+    ]
+    for file in facts["source_files"]:
+        digest = str(file.get("sha256", ""))[:16]
+        rows.append(("made of", f"{file.get('name')}, {file.get('bytes')} bytes, sha256 {digest}…"))
+    return rows

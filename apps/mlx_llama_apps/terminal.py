@@ -1,0 +1,61 @@
+"""Writing to a terminal with care: no foreign escape codes, one line of status that goes away."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from time import monotonic
+from types import TracebackType
+from typing import Self, TextIO
+
+# What a model (or a file it was fed) must not send to a terminal: C0 and C1 but tab and newline.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CLEAR_LINE = "\r\x1b[2K"
+
+
+def write_text(text: str, stream: TextIO) -> None:
+    """Write a model's text at once; at a terminal control characters become U+FFFD."""
+    stream.write(_CONTROL.sub("\ufffd", text) if stream.isatty() else text)
+    stream.flush()
+
+
+class StatusLine:
+    """A line on stderr for what takes more than a moment; silent where nobody watches.
+
+    Safe to update from another thread. Leaving the context clears it.
+    """
+
+    def __init__(self, *, after_s: float = 1.0) -> None:
+        self._lock = threading.Lock()
+        self._due = monotonic() + after_s
+        self._is_shown = False
+        self._is_over = not sys.stderr.isatty()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def show(self, text: str) -> None:
+        """Replace the line, once the wait has become noticeable."""
+        with self._lock:
+            if not self._is_over and monotonic() >= self._due:
+                self._is_shown = True
+                sys.stderr.write(_CLEAR_LINE + text)
+                sys.stderr.flush()
+
+    def close(self) -> None:
+        """Clear the line for good."""
+        with self._lock:
+            self._is_over = True
+            if self._is_shown:
+                self._is_shown = False
+                sys.stderr.write(_CLEAR_LINE)
+                sys.stderr.flush()

@@ -1,0 +1,131 @@
+"""Hugging Face's layout: `config.json`, safetensors with or without an index, a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlx_llama.config import ModelConfig, config_from_hf
+from mlx_llama.errors import CheckpointError, OptionError, UnsupportedModelError
+from mlx_llama.kinds import Decision, base_kind, decide_kind, decide_rope_factor
+from mlx_llama.loading import MAX_JSON_BYTES, chat_template_text, open_shards
+from mlx_llama.options import ConvertOptions
+from mlx_llama.strict_json import load_json
+from mlx_llama.tensor_ref import TensorRef
+from mlx_llama.tokenizer import Tokenizer, open_tokenizer
+from mlx_llama.weights import EMBEDDING, OUTPUT, meta_name
+from mlx_llama_convert.shards import LogicalTensor, equal_content
+from mlx_llama_convert.source import CheckpointWeights, SourceModel, check_vocabulary
+
+
+def open_huggingface(folder: Path, options: ConvertOptions) -> SourceModel:
+    """Describe a folder in Hugging Face's layout."""
+    raw = load_json(folder / "config.json", max_bytes=MAX_JSON_BYTES)
+    if raw.get("quantization") or raw.get("quantization_config"):
+        raise UnsupportedModelError(
+            f"{folder}: already quantized; packing it again would lose more, take the original"
+        )
+    refs = open_shards(folder)
+    tensors = _logical(folder, refs)
+    is_tied = _decide_tied(folder, raw, tensors)
+    config = config_from_hf({**raw, "tie_word_embeddings": is_tied}, kind="llama2", is_tied=None)
+    tokenizer = open_tokenizer(folder)
+    check_vocabulary(tokenizer, config.vocab_size, is_padded=True)
+    kind = _decide_kind(folder, raw, config, tokenizer, options)
+    config, rope = _with_rope_factor(config, options)
+    config = replace(
+        config, kind=kind.value, dtype=tensors[EMBEDDING].dtype, bos_id=None, eos_ids=()
+    )
+    generation = folder / "generation_config.json"
+    has_generation = generation.is_file()
+    files = [*sorted({ref.path for ref in refs.values()}), folder / "config.json", tokenizer.path]
+    return SourceModel(
+        path=folder,
+        layout="Hugging Face checkpoint, safetensors",
+        files=(*files, *([generation] if has_generation else [])),
+        config=config,
+        kind=kind,
+        rope=rope,
+        tokenizer=tokenizer,
+        weights=CheckpointWeights(config, tensors, is_interleaved=False),
+        generation=load_json(generation, max_bytes=MAX_JSON_BYTES) if has_generation else None,
+        notes=("the output is the embedding (tied)",) if is_tied else (),
+    )
+
+
+def _logical(folder: Path, refs: Mapping[str, TensorRef]) -> dict[str, LogicalTensor]:
+    tensors: dict[str, LogicalTensor] = {}
+    for hf_name, ref in refs.items():
+        name = meta_name(hf_name)
+        if name is None:
+            raise UnsupportedModelError(f"{folder}: tensor {hf_name} is quantized; not converted")
+        tensors[name] = LogicalTensor(name, (ref,), None)
+    if EMBEDDING not in tensors:
+        raise CheckpointError(f"{folder}: model.embed_tokens.weight is missing; not a whole model")
+    return tensors
+
+
+def _decide_tied(
+    folder: Path, raw: Mapping[str, Any], tensors: dict[str, LogicalTensor]
+) -> bool:
+    """Decide from the weights whether the output is the embedding, and check config.json."""
+    said = raw.get("tie_word_embeddings")
+    if OUTPUT not in tensors:
+        if said is False:
+            raise CheckpointError(
+                f"{folder}: lm_head.weight is missing, but config.json says it is not tied"
+            )
+        return True
+    if equal_content(tensors[OUTPUT], tensors[EMBEDDING]):
+        del tensors[OUTPUT]
+        return True
+    if said:
+        raise CheckpointError(
+            f"{folder}: config.json says tie_word_embeddings, but lm_head.weight differs from "
+            "model.embed_tokens.weight; set it to false if the output is its own"
+        )
+    return False
+
+
+def _decide_kind(
+    folder: Path,
+    raw: Mapping[str, Any],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    options: ConvertOptions,
+) -> Decision:
+    own = raw.get("mlx_llama")
+    recorded = own.get("kind") if isinstance(own, Mapping) else None
+    is_tiktoken = tokenizer.family == "tiktoken"
+    return decide_kind(
+        flag=options.kind,
+        recorded=recorded if isinstance(recorded, str) else None,
+        chat_template=chat_template_text(folder),
+        names=[folder.resolve().name, str(raw.get("_name_or_path", ""))],
+        base=base_kind(
+            is_tiktoken=is_tiktoken,
+            is_rope_scaled=config.rope_scaling is not None,
+            is_tied=config.tied,
+            norm_eps=config.norm_eps,
+        ),
+        is_tiktoken=is_tiktoken,
+    )
+
+
+def _with_rope_factor(
+    config: ModelConfig, options: ConvertOptions
+) -> tuple[ModelConfig, str | None]:
+    if config.rope_scaling is None:
+        if options.rope_factor is not None:
+            raise OptionError("--rope-factor: config.json has no RoPE scaling to give a factor to")
+        return config, None
+    factor, reason = decide_rope_factor(
+        flag=options.rope_factor,
+        recorded=config.rope_scaling.factor,
+        dim=config.dim,
+        n_layers=config.n_layers,
+        is_tied=config.tied,
+    )
+    return replace(config, rope_scaling=replace(config.rope_scaling, factor=factor)), reason

@@ -1,0 +1,155 @@
+"""What a conversion will do, complete and checked before a weight is read.
+
+Takes a `SourceModel` and `ConvertOptions`, returns a `ConversionPlan`; pure. `--dry-run` shows
+exactly this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from mlx_llama.config import ModelConfig, QuantFormat
+from mlx_llama.errors import OptionError
+from mlx_llama.kinds import kind_named
+from mlx_llama.options import ConvertOptions
+from mlx_llama.tokenizer import Tokenizer
+from mlx_llama.weights import count_formats, hf_module, is_matrix
+from mlx_llama_convert.dtypes import DTYPES
+from mlx_llama_convert.source import SourceModel
+from mlx_llama_quantize import QuantSpec, packed_entries
+from mlx_llama_quantize.spec import DEFAULT_GROUP_SIZE
+
+Entry = tuple[str, str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionPlan:
+    """One conversion.
+
+    config: of the result. forms: by Meta's name, None for a tensor that is not packed.
+    entries: the result's tensors in writing order, (Hugging Face name, dtype, shape).
+    notes: what the user should know before it starts.
+    """
+
+    source: SourceModel
+    options: ConvertOptions
+    config: ModelConfig
+    forms: Mapping[str, QuantFormat | None]
+    entries: tuple[Entry, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the weights that will be read."""
+        weights = self.source.weights
+        return sum(
+            math.prod(weights.shape(n)) * DTYPES[weights.dtype(n)].itemsize for n in self.forms
+        )
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the weights that will be written."""
+        return sum(math.prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in self.entries)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits stored for each parameter, scales included."""
+        return 8 * self.output_bytes / self.config.parameter_count
+
+    @property
+    def format_counts(self) -> dict[str, int]:
+        """Number of matrices by how they are stored, such as "4 bits, group 64"."""
+        return count_formats(
+            (form, self.options.dtype or self.source.weights.dtype(name))
+            for name, form in self.forms.items()
+            if is_matrix(name)
+        )
+
+
+def make_plan(source: SourceModel, options: ConvertOptions) -> ConversionPlan:
+    """Decide every tensor's format and the result's configuration.
+
+    Raises OptionError for a setting that could not take effect.
+    """
+    weights = source.weights
+    spec = _spec(options)
+    forms = {n: spec.format_of(n, weights.shape(n)) if spec else None for n in weights.names()}
+    if spec and not any(forms.values()):
+        raise OptionError(
+            "--bits: no matrix has a width that a group of 32 divides, none can be packed; "
+            "take --no-quantize"
+        )
+    entries = [
+        entry
+        for name, form in forms.items()
+        for entry in packed_entries(
+            name, weights.shape(name), options.dtype or weights.dtype(name), form
+        )
+    ]
+    config = _config(source, options, spec, forms)
+    return ConversionPlan(
+        source=source,
+        options=options,
+        config=config,
+        forms=forms,
+        entries=tuple(entries),
+        notes=(*source.notes, *_notes(source, spec, forms)),
+    )
+
+
+def _spec(options: ConvertOptions) -> QuantSpec | None:
+    if options.quantize:
+        return QuantSpec(options.bits, options.group_size or DEFAULT_GROUP_SIZE)
+    if options.group_size is not None:
+        raise OptionError("--group-size: does nothing with --no-quantize; leave one of them out")
+    return None
+
+
+def _config(
+    source: SourceModel,
+    options: ConvertOptions,
+    spec: QuantSpec | None,
+    forms: Mapping[str, QuantFormat | None],
+) -> ModelConfig:
+    overrides: dict[str, QuantFormat | None] = {}
+    if spec:
+        overrides = {
+            hf_module(name): form
+            for name, form in forms.items()
+            if is_matrix(name) and form != spec.default
+        }
+    return replace(
+        source.config,
+        dtype=options.dtype or source.config.dtype,
+        quantization=spec.default if spec else None,
+        overrides=overrides,
+        bos_id=source.tokenizer.bos_id,
+        eos_ids=_eos_ids(source.config.kind, source.tokenizer),
+    )
+
+
+def _eos_ids(kind: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    specials = tokenizer.special_tokens
+    named = {specials[name] for name in kind_named(kind).stops if name in specials}
+    return tuple(sorted({tokenizer.eos_id, *named}))
+
+
+def _notes(
+    source: SourceModel, spec: QuantSpec | None, forms: Mapping[str, QuantFormat | None]
+) -> list[str]:
+    if spec is None:
+        return []
+    notes: list[str] = []
+    odd = Counter(
+        (source.weights.shape(name)[-1], form)
+        for name, form in forms.items()
+        if is_matrix(name) and form != spec.default
+    )
+    for (width, form), count in odd.items():
+        number = f"{count} matrices" if count > 1 else "1 matrix"
+        how = "not packed" if form is None else f"packed in groups of {form.group_size}"
+        notes.append(f"{number} of width {width} {how}: {spec.group_size} does not divide it")
+    return notes

@@ -1,0 +1,184 @@
+"""The safetensors writer: a file whose tensors are known beforehand and arrive one by one.
+
+Takes names, dtypes and shapes first and writes the header, then takes arrays in that order, whole
+or in pieces of rows, so that memory is bounded by one piece. Also plans how tensors are spread
+over files. Knows nothing of what the names mean, of atomic folders or of `config.json`.
+
+Source: the format section of the safetensors project's README.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+import mlx.core as mx
+
+from mlx_llama_convert.dtypes import DTYPES
+
+# name, dtype (a key of DTYPES, as `TensorRef.dtype`), shape
+Entry: TypeAlias = tuple[str, str, tuple[int, ...]]
+
+_ALIGNMENT = 8
+
+
+def entry_nbytes(entry: Entry) -> int:
+    """Return the size of an entry's tensor in bytes."""
+    _, dtype, shape = entry
+    return math.prod(shape) * DTYPES[dtype].itemsize
+
+
+def plan_shards(entries: Sequence[Entry], *, max_shard_bytes: int) -> list[list[Entry]]:
+    """Split entries, in order, into files of at most `max_shard_bytes` of data.
+
+    A tensor that is larger has a file of its own. No entries give one empty file.
+    """
+    shards: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        nbytes = entry_nbytes(entry)
+        if shards[-1] and filled + nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += nbytes
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    """Name the files of a model as Hugging Face does."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def build_index(shards: Sequence[Sequence[Entry]]) -> dict[str, Any]:
+    """Return the content of `model.safetensors.index.json`: total bytes, and the file of each name.
+
+    Names are sorted, so that equal models have equal files.
+    """
+    places = {
+        entry[0]: name
+        for name, shard in zip(shard_names(len(shards)), shards, strict=True)
+        for entry in shard
+    }
+    total_nbytes = sum(entry_nbytes(entry) for shard in shards for entry in shard)
+    return {
+        "metadata": {"total_size": total_nbytes},
+        "weight_map": {name: places[name] for name in sorted(places)},
+    }
+
+
+class SafetensorsWriter:
+    """One safetensors file in the making; a context manager.
+
+    Leaving it normally checks that every tensor is complete, then makes the file durable (fsync).
+    After an exception the file is closed as it is, and removing it is the caller's business.
+    Raises: OSError as the system gives it; ValueError when an array is not the one announced.
+    """
+
+    def __init__(
+        self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self._entries = tuple(entries)
+        self._header = _header(self._entries, metadata)
+        self._path = path
+        self._file: io.FileIO | None = None
+        self._turn = 0
+        self._rows_done = 0
+
+    def __enter__(self) -> Self:
+        self._file = self._path.open("wb", buffering=0)
+        try:
+            self._write_all(memoryview(self._header))
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._file is None:
+            return
+        with self._file as file:
+            if kind is not None:
+                return
+            if self._turn < len(self._entries):
+                raise ValueError(f"{self._path}: closed before {self._entries[self._turn][0]!r}")
+            os.fsync(file.fileno())
+
+    def write(self, name: str, array: mx.array) -> None:
+        """Write the next tensor, or its next rows.
+
+        array: of the announced dtype; of the announced shape, or with fewer rows on axis 0, in
+        which case the following calls bring the rest. It is evaluated here and written from its
+        own memory; only an array whose rows do not follow one another is copied.
+        """
+        dtype, shape = self._expect(name, array)
+        plain = mx.contiguous(array.view(dtype)) if array.shape else array.reshape(1).view(dtype)
+        mx.eval(plain)
+        if plain.size:
+            self._write_all(memoryview(plain).cast("B"))
+        self._rows_done += array.shape[0] if shape else 1
+        if self._rows_done == (shape[0] if shape else 1):
+            self._turn += 1
+            self._rows_done = 0
+
+    def _expect(self, name: str, array: mx.array) -> tuple[mx.Dtype, tuple[int, ...]]:
+        """Check an array against the entry whose turn it is; return carrier and whole shape."""
+        if self._turn == len(self._entries):
+            raise ValueError(f"{self._path}: {name!r} comes after the last tensor")
+        expected, dtype, shape = self._entries[self._turn]
+        if name != expected:
+            raise ValueError(f"{self._path}: {name!r} comes where {expected!r} is due")
+        if array.dtype != DTYPES[dtype].array:
+            raise ValueError(f"{self._path}: {name!r} is {array.dtype}, announced as {dtype}")
+        found = tuple(array.shape)
+        rows_left = shape[0] - self._rows_done if shape else 0
+        if shape and found:
+            fits = found[1:] == shape[1:] and found[0] <= rows_left
+        else:
+            fits = found == shape
+        if not fits:
+            raise ValueError(
+                f"{self._path}: {name!r} has shape {found}, announced {shape}, "
+                f"{self._rows_done} rows are written"
+            )
+        return DTYPES[dtype].carrier, shape
+
+    def _write_all(self, view: memoryview) -> None:
+        if self._file is None or self._file.closed:
+            raise ValueError(f"{self._path}: written outside its `with` block")
+        done = 0
+        while done < len(view):
+            done += self._file.write(view[done:])  # short where the system caps one write at 2 GiB
+
+
+def _header(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> bytes:
+    """Encode length and header; padded with spaces so that the data begins at a multiple of 8."""
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for entry in entries:
+        name, dtype, shape = entry
+        if name in table or name == "__metadata__":
+            raise ValueError(f"tensor {name!r} is announced twice")
+        end = position + entry_nbytes(entry)
+        table[name] = {
+            "dtype": DTYPES[dtype].safetensors,
+            "shape": list(shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(table, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,57 @@
+"""Run Meta's Llama models on Apple's MLX.
+
+Letters used in shapes everywhere: B batch, L new tokens, S cached tokens, H query heads,
+K key/value heads, D head_dim, V vocabulary.
+
+Importing this package is cheap: MLX loads with the first name that needs it (PEP 562).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlx_llama.config import ModelConfig
+    from mlx_llama.errors import MlxLlamaError
+    from mlx_llama.generation import Stats, Step
+    from mlx_llama.llama import Llama
+    from mlx_llama.loading import load
+    from mlx_llama.prompts import Message
+    from mlx_llama.session import Session
+    from mlx_llama.tokenizer import Tokenizer, open_tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Llama",
+    "Message",
+    "MlxLlamaError",
+    "ModelConfig",
+    "Session",
+    "Stats",
+    "Step",
+    "Tokenizer",
+    "__version__",
+    "load",
+    "open_tokenizer",
+]
+
+_HOMES = {
+    "Llama": "llama",
+    "Message": "prompts",
+    "MlxLlamaError": "errors",
+    "ModelConfig": "config",
+    "Session": "session",
+    "Stats": "generation",
+    "Step": "generation",
+    "Tokenizer": "tokenizer",
+    "load": "loading",
+    "open_tokenizer": "tokenizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

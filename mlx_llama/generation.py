@@ -1,0 +1,278 @@
+"""Prompt ids in, steps out: prefill by slices, then one token a step, the next one queued early.
+
+Text exists only behind the detokenizer. Knows nothing of messages or terminals.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from mlx_llama import ops
+from mlx_llama.cache import Cache
+from mlx_llama.errors import ContextOverflowError
+from mlx_llama.model import LlamaModel
+from mlx_llama.options import GenerationOptions
+from mlx_llama.sampling import Sampler
+from mlx_llama.tokenizer import Detokenizer
+
+RESERVE_AHEAD = 512  # tokens of an open-ended answer that get their room at once
+
+OnPrefill = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What one answer cost. Times in seconds, rates in tokens per second.
+
+    prompt_tokens counts the whole prompt, cached_tokens what needed no computing again.
+    peak_memory_bytes: MLX's, weights included. context_tokens: held at the end, of context_limit.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    answer_tokens: int
+    prompt_tokens_per_s: float
+    answer_tokens_per_s: float
+    time_to_first_token_s: float
+    elapsed_s: float
+    peak_memory_bytes: int
+    context_tokens: int
+    context_limit: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One token of an answer, with the text that it completed.
+
+    text may be empty (half a character, the beginning of a stop text) or cover earlier tokens.
+    token_id is None only in a last step that follows no new token. logprob is the natural logarithm
+    of the token's probability before penalties and temperature, when asked for. finish_reason is
+    set in the last step alone: eos, stop, length, context or cancelled.
+    """
+
+    token_id: int | None
+    text: str
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish_reason: str | None = None
+    stats: Stats | None = None
+
+
+@dataclass(slots=True)
+class Request:
+    """What `generate` needs beside the model.
+
+    ids: the whole prompt, of which the cache may hold the beginning. context_limit: tokens that
+    prompt and answer may have together. stop_ids end the answer and are not printed.
+    """
+
+    ids: Sequence[int]
+    options: GenerationOptions
+    sampler: Sampler
+    detokenizer: Detokenizer
+    stop_ids: frozenset[int]
+    context_limit: int
+    on_prefill: OnPrefill | None = None
+    cancel: threading.Event | None = None
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the caller wants no more."""
+        return self.cancel is not None and self.cancel.is_set()
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Measures one answer."""
+
+    cached_tokens: int
+    started: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+    answer_tokens: int = 0
+
+    def count(self) -> None:
+        self.answer_tokens += 1
+        if self.first is None:
+            self.first = time.perf_counter()
+
+    def stats(self, request: Request, cache: Cache) -> Stats:
+        now = time.perf_counter()
+        first = self.first or now
+        later = self.answer_tokens - 1
+        prefilled = len(request.ids) - self.cached_tokens
+        return Stats(
+            prompt_tokens=len(request.ids),
+            cached_tokens=self.cached_tokens,
+            answer_tokens=self.answer_tokens,
+            prompt_tokens_per_s=prefilled / max(first - self.started, 1e-9),
+            answer_tokens_per_s=later / max(now - first, 1e-9) if later > 0 else 0.0,
+            time_to_first_token_s=first - self.started,
+            elapsed_s=now - self.started,
+            peak_memory_bytes=mx.get_peak_memory(),
+            context_tokens=min(cache.offset, len(request.ids) + self.answer_tokens),
+            context_limit=request.context_limit,
+            seed=request.options.seed or 0,
+        )
+
+
+class StopText:
+    """Lets text through up to a stop text; holds back what could become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def add(self, text: str) -> tuple[str, bool]:
+        """Return the text that may be shown and whether a stop text has been met."""
+        if not self._stops:
+            return text, False
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            return self._held[: min(found)], True
+        keep = self._possible_beginning()
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown, False
+
+    def rest(self) -> str:
+        """Return what was held back for nothing."""
+        held, self._held = self._held, ""
+        return held
+
+    def _possible_beginning(self) -> int:
+        longest = min(max(map(len, self._stops)) - 1, len(self._held))
+        for size in range(longest, 0, -1):
+            tail = self._held[-size:]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return size
+        return 0
+
+
+def generate(model: LlamaModel, cache: Cache, request: Request) -> Iterator[Step]:
+    """Answer a prompt whose first `cache.offset` tokens are cached.
+
+    Evaluates. When it ends, or is closed, the cache holds a beginning of prompt and answer; it may
+    hold the last token of the answer or not (`cache.offset` tells).
+    Raises ContextOverflowError when prompt and one token do not fit.
+    """
+    n_prompt, limit, asked = len(request.ids), request.context_limit, request.options.max_tokens
+    if n_prompt >= limit:
+        raise ContextOverflowError(
+            f"the prompt has {n_prompt} tokens, the context holds {limit}, one of them for an "
+            "answer: shorten the prompt"
+        )
+    room = limit - n_prompt
+    budget, full = (room, "context") if asked is None or asked > room else (asked, "length")
+    mx.reset_peak_memory()
+    clock = _Clock(cached_tokens=cache.offset)
+    output = _Output(request)
+    if budget == 0:
+        yield Step(None, "", finish_reason=full, stats=clock.stats(request, cache))
+        return
+    cache.reserve(n_prompt - cache.offset + min(budget, RESERVE_AHEAD))
+    logits = prefill(model, cache, request)
+    if logits is None:
+        yield Step(None, "", finish_reason="cancelled", stats=clock.stats(request, cache))
+        return
+    draw = _Draw.of(logits, request)
+    for n_answer in range(1, budget + 1):
+        if request.is_cancelled:
+            text = output.finish()
+            yield Step(
+                None, text, finish_reason="cancelled", stats=clock.stats(request, cache)
+            )
+            return
+        following = None
+        if n_answer < budget:
+            # Queued before the current token is read: the device never waits for Python.
+            following = _Draw.of(model(draw.token[None], cache, positions=LAST)[0, 0], request)
+        token_id = int(draw.token.item())
+        clock.count()
+        text, reason = output.add(token_id)
+        if reason is None and following is None:
+            reason, text = full, text + output.finish()
+        stats = clock.stats(request, cache) if reason else None
+        yield Step(token_id, text, *draw.logprobs(token_id), reason, stats)
+        if reason is not None or following is None:
+            return
+        draw = following
+
+
+LAST = slice(-1, None)
+
+
+def prefill(model: LlamaModel, cache: Cache, request: Request) -> mx.array | None:
+    """Compute the prompt's uncached tokens slice by slice; return the last one's logits (V,).
+
+    Returns None when cancelled; the cache then holds whole slices. Evaluates all but the logits.
+    """
+    ids = request.ids
+    while True:
+        if request.is_cancelled:
+            return None
+        start = cache.offset
+        chunk = mx.array(list(ids[start : start + ops.prefill_chunk()]), dtype=mx.uint32)[None]
+        is_last = start + chunk.size == len(ids)
+        if is_last:
+            logits = model(chunk, cache, positions=LAST)[0, 0]
+            mx.eval(logits)
+        else:
+            # Only keys and values are evaluated: the output matrix is not multiplied.
+            model.hidden(chunk, cache)
+            mx.eval(cache.arrays)
+        if request.on_prefill is not None:
+            request.on_prefill(cache.offset, len(ids))
+        if is_last:
+            return logits
+
+
+@dataclass(slots=True)
+class _Draw:
+    """A token on its way, and the scores it was drawn from when they are asked for."""
+
+    token: mx.array
+    log_probabilities: mx.array | None
+    top: int
+
+    @classmethod
+    def of(cls, logits: mx.array, request: Request) -> _Draw:
+        token = request.sampler(logits)
+        top = request.options.logprobs
+        scores = logits - mx.logsumexp(logits) if top else None
+        mx.async_eval(token, *([] if scores is None else [scores]))
+        return cls(token, scores, top)
+
+    def logprobs(self, token_id: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+        """Return the token's own and the likeliest tokens' log-probabilities, best first."""
+        if self.log_probabilities is None:
+            return None, ()
+        scores = self.log_probabilities
+        best = mx.argsort(-scores)[: self.top]
+        pairs = zip(best.tolist(), scores[best].tolist(), strict=True)
+        return float(scores[token_id].item()), tuple(pairs)  # pyright: ignore
+
+
+class _Output:
+    """Turns token ids into the text to show and the reason to stop."""
+
+    def __init__(self, request: Request) -> None:
+        self._detokenizer = request.detokenizer
+        self._stop_text = StopText(request.options.stop)
+        self._stop_ids = frozenset() if request.options.ignore_eos else request.stop_ids
+
+    def add(self, token_id: int) -> tuple[str, str | None]:
+        if token_id in self._stop_ids:
+            return self.finish(), "eos"
+        text, is_met = self._stop_text.add(self._detokenizer.add(token_id))
+        return text, "stop" if is_met else None
+
+    def finish(self) -> str:
+        """Return what has been held back; a stop text may still hide in it."""
+        text, is_met = self._stop_text.add(self._detokenizer.finish())
+        return text if is_met else text + self._stop_text.rest()

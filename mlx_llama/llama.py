@@ -1,0 +1,142 @@
+"""A loaded model with its tokenizer: the Python interface.
+
+`stream` and `generate` take plain text or token ids, `stream_chat` and `chat` take messages, and
+`session` keeps one conversation. All are synchronous and belong to the thread that loaded the
+model: MLX's arrays cannot be evaluated from another one before they are computed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_llama import ops
+from mlx_llama.cache import KVCache
+from mlx_llama.config import ModelConfig
+from mlx_llama.errors import OptionError
+from mlx_llama.generation import OnPrefill, Step
+from mlx_llama.kinds import Kind, kind_named
+from mlx_llama.model import LlamaModel
+from mlx_llama.prompts import Message, PromptFormat, prompt_format
+from mlx_llama.sampling import SamplingDefaults
+from mlx_llama.session import Session
+from mlx_llama.tokenizer import Tokenizer
+
+
+class Llama:
+    """One model in memory. Made by `mlx_llama.load`.
+
+    path: the model directory. dtype: of the activations.
+    """
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        tokenizer: Tokenizer,
+        config: ModelConfig,
+        *,
+        path: Path,
+        dtype: mx.Dtype,
+        sampling_defaults: SamplingDefaults,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.path = path
+        self.dtype = dtype
+        self.sampling_defaults = sampling_defaults
+
+    @property
+    def kind(self) -> Kind:
+        """Which member of the family this is."""
+        return kind_named(self.config.kind)
+
+    @cached_property
+    def prompt_format(self) -> PromptFormat:
+        """The chat format; UnsupportedModelError for a base model."""
+        return prompt_format(self.kind, self.tokenizer)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: EOS, the kind's stops, and those of config.json."""
+        specials = self.tokenizer.special_tokens
+        named = {specials[name] for name in self.kind.stops if name in specials}
+        return frozenset({self.tokenizer.eos_id, *named, *self.config.eos_ids})
+
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """Return BOS and a text's tokens, or ids as they are once they are checked."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, bos=True)
+        ids = list(prompt)
+        if not ids:
+            raise OptionError("prompt: no token ids; a model needs one at least, such as BOS")
+        for token in ids:
+            if not 0 <= token < self.config.vocab_size:
+                raise OptionError(
+                    f"prompt: token id {token} is not from 0 to {self.config.vocab_size - 1}"
+                )
+        return ids
+
+    def logits(
+        self, ids: Sequence[int], *, positions: Sequence[int] | None = None
+    ) -> mx.array:
+        """Return the scores behind each token of a text, without sampling.
+
+        ids: (L,), BOS included. positions: which of them to give logits for; None gives all.
+        Returns (L, V) or (len(positions), V) float32, evaluated. Long texts go through a cache in
+        slices, which bounds the memory of attention.
+        """
+        ids = self.prompt_ids(list(ids))
+        wanted = range(len(ids)) if positions is None else [p % len(ids) for p in positions]
+        step = ops.prefill_chunk()
+        cache = KVCache(self.config.n_layers, capacity=len(ids)) if len(ids) > step else None
+        rows: list[mx.array] = []
+        for start in range(0, len(ids), step):
+            here = sorted({p - start for p in wanted if start <= p < start + step})
+            chunk = mx.array(ids[start : start + step], dtype=mx.uint32)[None]
+            hidden = self.model.hidden(chunk, cache)
+            if here:
+                rows.append(self.model.logits(hidden[0, mx.array(here)]))
+            mx.eval([*rows[-1:], *([] if cache is None else cache.arrays)])
+        row_of = {position: row for row, position in enumerate(sorted(set(wanted)))}
+        result = mx.concatenate(rows, axis=0)[mx.array([row_of[p] for p in wanted])]
+        mx.eval(result)
+        return result
+
+    def session(self) -> Session:
+        """Begin a conversation."""
+        return Session(self)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        on_prefill: OnPrefill | None = None,
+        cancel: threading.Event | None = None,
+        **options: Any,
+    ) -> Iterator[Step]:
+        """Continue a plain text (BOS is put before it) or token ids.
+
+        Options: the fields of `GenerationOptions`. on_prefill(done, total) counts prompt tokens;
+        setting cancel ends the answer at the next slice.
+        """
+        return Session(self).complete(prompt, on_prefill=on_prefill, cancel=cancel, **options)
+
+    def stream_chat(
+        self, messages: Sequence[Message | Mapping[str, str]], **options: Any
+    ) -> Iterator[Step]:
+        """Answer messages such as {"role": "user", "content": "Hi"}; options as in `stream`."""
+        return Session(self).stream(messages, **options)
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> str:
+        """Return the whole text that `stream` yields."""
+        return "".join(step.text for step in self.stream(prompt, **options))
+
+    def chat(self, messages: Sequence[Message | Mapping[str, str]], **options: Any) -> str:
+        """Return the whole answer that `stream_chat` yields."""
+        return "".join(step.text for step in self.stream_chat(messages, **options))

@@ -1,0 +1,219 @@
+"""A model directory becomes a `Llama`: ours, mlx-lm's, or Hugging Face's with safetensors.
+
+Owns reading `config.json`, the index and the shards. Nothing in the directory is trusted: headers
+are checked before MLX sees a file, and no template or code in it is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_llama import ops
+from mlx_llama.config import ModelConfig, config_from_hf
+from mlx_llama.errors import CheckpointError
+from mlx_llama.kinds import Decision, base_kind, decide_kind
+from mlx_llama.llama import Llama
+from mlx_llama.safetensors_reader import open_safetensors
+from mlx_llama.sampling import SamplingDefaults
+from mlx_llama.strict_json import load_json
+from mlx_llama.tensor_ref import TensorRef
+from mlx_llama.tokenizer import Tokenizer, open_tokenizer
+from mlx_llama.weights import build_model, count_formats, is_matrix, meta_name
+
+MAX_JSON_BYTES = 64 << 20
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDirectory:
+    """What a directory says of itself, read without touching a weight.
+
+    raw: config.json as it stands. tensors: by Hugging Face name.
+    """
+
+    path: Path
+    raw: Mapping[str, Any]
+    config: ModelConfig
+    kind: Decision
+    tokenizer: Tokenizer
+    tensors: Mapping[str, TensorRef]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(ref.nbytes for ref in self.tensors.values())
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any matrix is packed."""
+        return any(name.endswith(".scales") for name in self.tensors)
+
+    @property
+    def format_counts(self) -> dict[str, int]:
+        """Number of matrices by how they are stored."""
+        modules = [
+            name.removesuffix(".weight")
+            for name in self.tensors
+            if (meta := meta_name(name)) and is_matrix(meta)
+        ]
+        return count_formats(
+            (
+                self.config.quant_format(m) if f"{m}.scales" in self.tensors else None,
+                self.tensors[f"{m}.weight"].dtype,
+            )
+            for m in modules
+        )
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    on_block: Callable[[int, int], None] | None = None,
+) -> Llama:
+    """Load a model directory.
+
+    dtype: of activations and dense weights; None takes what suits weights and device.
+    on_block(done, total) is called after each layer. Raises CheckpointError, TokenizerError or
+    UnsupportedModelError, each with one line that says what to do.
+    """
+    directory = open_model_directory(Path(path))
+    config = directory.config
+    stored = directory.tensors["model.norm.weight"].dtype
+    chosen = ops.compute_dtype(stored, is_quantized=directory.is_quantized, asked=dtype)
+    arrays: dict[str, mx.array] = {}
+    for file in sorted({ref.path for ref in directory.tensors.values()}):
+        arrays |= mx.load(str(file))  # pyright: ignore[reportArgumentType, reportOperatorIssue]
+    model = build_model(config, arrays, dtype=chosen, on_block=on_block)
+    return Llama(
+        model,
+        directory.tokenizer,
+        config,
+        path=directory.path,
+        dtype=chosen,
+        sampling_defaults=_sampling_defaults(directory.path),
+    )
+
+
+def open_model_directory(path: Path) -> ModelDirectory:
+    """Read and check everything but the weights' data."""
+    if not (path / "config.json").is_file():
+        raise CheckpointError(_no_model(path))
+    raw = load_json(path / "config.json", max_bytes=MAX_JSON_BYTES)
+    tensors = open_shards(path)
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        if name not in tensors:
+            raise CheckpointError(f"{path}: tensor {name} is missing; this is no whole Llama")
+    config = config_from_hf(raw, kind="llama2", is_tied="lm_head.weight" not in tensors)
+    tokenizer = open_tokenizer(path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the weights "
+            f"{config.vocab_size}; they belong to different models"
+        )
+    kind = _decide_kind(path, raw, config, tokenizer)
+    config = config_from_hf(raw, kind=kind.value, is_tied=config.tied)
+    return ModelDirectory(path, raw, config, kind, tokenizer, tensors)
+
+
+def _no_model(path: Path) -> str:
+    if not path.exists():
+        return f"{path}: no such folder; give a model directory, or make one with mlx-llama convert"
+    if path.is_file():
+        return f"{path}: a file, expected a model directory (config.json and safetensors)"
+    if (path / "params.json").is_file():
+        return f"{path}: a Meta checkpoint; make a model of it: mlx-llama convert {path}"
+    return f"{path}: no config.json, so no model directory; make one with mlx-llama convert"
+
+
+def open_shards(path: Path) -> dict[str, TensorRef]:
+    """Open the files that the index names, or the only one; every name must be in one file."""
+    index = path / INDEX_NAME
+    if index.is_file():
+        table = load_json(index, max_bytes=MAX_JSON_BYTES).get("weight_map")
+        if not isinstance(table, dict) or not all(isinstance(f, str) for f in table.values()):
+            raise CheckpointError(f"{index}: weight_map is not a table of tensor to file name")
+        files = sorted(set(table.values()))
+        for name in files:
+            if Path(name).name != name or not (path / name).is_file():
+                raise CheckpointError(f"{index}: names {name!r}, which is no file of {path}")
+    else:
+        files = sorted(file.name for file in path.glob("model*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{path}: no model.safetensors and no {INDEX_NAME}")
+    tensors: dict[str, TensorRef] = {}
+    for name in files:
+        for tensor, ref in open_safetensors(path / name).items():
+            if tensor in tensors:
+                raise CheckpointError(f"{path / name}: tensor {tensor} stands in two files")
+            tensors[tensor] = ref
+    return {name: ref for name, ref in tensors.items() if _is_ours(path, name)}
+
+
+def _is_ours(path: Path, name: str) -> bool:
+    if name.endswith("rotary_emb.inv_freq"):  # a buffer that old releases stored
+        return False
+    module, _, part = name.rpartition(".")
+    if part in ("weight", "scales", "biases") and meta_name(f"{module}.weight"):
+        return True
+    raise CheckpointError(f"{path}: tensor {name} is not a Llama's; adapters are not loaded here")
+
+
+def _decide_kind(
+    path: Path, raw: Mapping[str, Any], config: ModelConfig, tokenizer: Tokenizer
+) -> Decision:
+    own = raw.get("mlx_llama")
+    recorded = own.get("kind") if isinstance(own, Mapping) else None
+    return decide_kind(
+        flag=None,
+        recorded=recorded if isinstance(recorded, str) else None,
+        chat_template=chat_template_text(path),
+        names=[path.resolve().name, str(raw.get("_name_or_path", ""))],
+        base=base_kind(
+            is_tiktoken=tokenizer.family == "tiktoken",
+            is_rope_scaled=config.rope_scaling is not None,
+            is_tied=config.tied,
+            norm_eps=config.norm_eps,
+        ),
+        is_tiktoken=tokenizer.family == "tiktoken",
+    )
+
+
+def chat_template_text(path: Path) -> str | None:
+    """Return a folder's chat template, to be recognised and never executed."""
+    file = path / "chat_template.jinja"
+    if file.is_file() and file.stat().st_size < MAX_JSON_BYTES:
+        return file.read_text(encoding="utf-8", errors="replace")
+    if not (path / "tokenizer_config.json").is_file():
+        return None
+    template = load_json(path / "tokenizer_config.json", max_bytes=MAX_JSON_BYTES).get(
+        "chat_template"
+    )
+    return template if isinstance(template, str) else None
+
+
+def _sampling_defaults(path: Path) -> SamplingDefaults:
+    """Read generation_config.json; values that cannot be are as good as absent."""
+    if not (path / "generation_config.json").is_file():
+        return SamplingDefaults()
+    raw = load_json(path / "generation_config.json", max_bytes=MAX_JSON_BYTES)
+    if raw.get("do_sample") is False:
+        return SamplingDefaults(temperature=0.0)
+
+    def number(name: str, low: float, high: float) -> float | None:
+        value = raw.get(name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return value if is_number and low <= value <= high else None
+
+    top_k = number("top_k", 0, 1 << 21)
+    return SamplingDefaults(
+        temperature=number("temperature", 0.0, 100.0),
+        top_p=number("top_p", 0.0, 1.0),
+        top_k=None if top_k is None else int(top_k),
+        repetition_penalty=number("repetition_penalty", 0.01, 100.0),
+    )

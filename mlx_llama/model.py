@@ -1,0 +1,114 @@
+"""The Llama architecture: tokens and a cache in, logits out.
+
+Takes its matrices ready made (`weights.py` builds them); knows no files, names or devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_llama import ops
+from mlx_llama.cache import Cache, NoCache
+from mlx_llama.config import ModelConfig
+from mlx_llama.linear import Matrix
+from mlx_llama.rope import rope_periods
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The weights of one layer. wqkv: rows of wq, wk, wv; w13: rows of w1 (gate) and w3 (up)."""
+
+    attention_norm: mx.array
+    wqkv: Matrix
+    wo: Matrix
+    ffn_norm: mx.array
+    w13: Matrix
+    w2: Matrix
+
+    def arrays(self) -> list[mx.array]:
+        """Return what is held in memory."""
+        matrices = (self.wqkv, self.wo, self.w13, self.w2)
+        return [self.attention_norm, self.ffn_norm, *(a for m in matrices for a in m.arrays())]
+
+
+class LlamaModel:
+    """A decoder of `n_layers` blocks: pre-norm, grouped-query attention, SwiGLU."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        tok_embeddings: Matrix,
+        blocks: Sequence[Block],
+        norm: mx.array,
+        output: Matrix,
+    ) -> None:
+        self.config = config
+        self.tok_embeddings = tok_embeddings
+        self.blocks = tuple(blocks)
+        self.norm = norm
+        self.output = output
+        self._periods = rope_periods(config)
+        self._scale = config.head_dim**-0.5
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: Cache | None = None,
+        *,
+        positions: slice | mx.array | None = None,
+    ) -> mx.array:
+        """Return logits (B, P, V) float32 for tokens (B, L), which follow what the cache holds.
+
+        positions: which of the L tokens to give logits for; None gives all.
+        """
+        hidden = self.hidden(tokens, cache)
+        if positions is not None:
+            hidden = hidden[:, positions]
+        return self.logits(hidden)
+
+    def hidden(self, tokens: mx.array, cache: Cache | None = None) -> mx.array:
+        """Return the residual stream behind the last block, (B, L, dim)."""
+        cache = NoCache() if cache is None else cache
+        n_tokens = tokens.shape[1]
+        cache.reserve(n_tokens)
+        mask = cache.mask(n_tokens)
+        h = self.tok_embeddings.rows(tokens)
+        for layer, block in enumerate(self.blocks):
+            h = h + self._attention(layer, block, h, cache, mask)
+            h = h + self._feed_forward(block, h)
+        cache.advance(n_tokens)
+        return h
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Return the scores of the vocabulary, (..., V) float32, for hidden (..., dim)."""
+        h = ops.rms_norm(hidden, self.norm, self.config.norm_eps)
+        return self.output(h).astype(mx.float32)
+
+    def _attention(
+        self, layer: int, block: Block, h: mx.array, cache: Cache, mask: mx.array | str | None
+    ) -> mx.array:
+        batch, n_tokens, _ = h.shape
+        n_heads, n_kv_heads = self.config.n_heads, self.config.n_kv_heads
+        x = block.wqkv(ops.rms_norm(h, block.attention_norm, self.config.norm_eps))
+        x = x.reshape(batch, n_tokens, n_heads + 2 * n_kv_heads, -1).transpose(0, 2, 1, 3)
+        # q and k turn by the same angles, so one call turns both: (B, H + K, L, D).
+        turned = ops.rotate(x[:, : n_heads + n_kv_heads], self._periods, cache.offset)
+        k, v = cache.append(layer, turned[:, n_heads:], x[:, n_heads + n_kv_heads :])
+        out = ops.attention(turned[:, :n_heads], k, v, scale=self._scale, mask=mask)
+        return block.wo(out.transpose(0, 2, 1, 3).reshape(batch, n_tokens, -1))
+
+    def _feed_forward(self, block: Block, h: mx.array) -> mx.array:
+        x = block.w13(ops.rms_norm(h, block.ffn_norm, self.config.norm_eps))
+        gate, up = mx.split(x, 2, axis=-1)
+        return block.w2(ops.swiglu(gate, up))
+
+    def arrays(self) -> list[mx.array]:
+        """Return every weight held in memory, a tied output once."""
+        ends = [self.norm, *self.tok_embeddings.arrays()]
+        if self.output is not self.tok_embeddings:
+            ends += self.output.arrays()
+        return [*ends, *(a for block in self.blocks for a in block.arrays())]

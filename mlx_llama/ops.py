@@ -1,0 +1,93 @@
+"""The operations of a Llama, and the one place that knows which device runs them.
+
+Everything here is MLX's own; a faster kernel for one backend is chosen in this file and nowhere
+else. Knows nothing of files, tokens or caches.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_llama.config import QuantFormat
+from mlx_llama.errors import OptionError
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+def backend() -> str:
+    """Name what runs the model: metal, cuda or cpu."""
+    if mx.default_device() == mx.cpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def compute_dtype(stored: str, *, is_quantized: bool, asked: str | None) -> mx.Dtype:
+    """Choose the dtype of activations, scales and dense weights.
+
+    stored: dtype of the checkpoint's dense tensors. asked: the user's choice, which wins.
+    On a CPU MLX's quantized products are 9 (bfloat16) and 40 (float16) times slower than in
+    float32, and dense float16 is slowest of all; a GPU is the other way round.
+    """
+    if asked is not None:
+        if asked not in DTYPES:
+            raise OptionError(f"--dtype {asked!r}: expected one of {', '.join(DTYPES)}")
+        return DTYPES[asked]
+    if backend() == "cpu":
+        return mx.bfloat16 if stored == "bfloat16" and not is_quantized else mx.float32
+    if stored == "float32" and is_quantized:
+        return mx.bfloat16
+    return DTYPES.get(stored, mx.bfloat16)
+
+
+def prefill_chunk() -> int:
+    """Return how many tokens of a prompt are computed at once.
+
+    A constant, because the size of a slice changes the last bits of the result; small on a CPU,
+    where larger slices are no faster and a cancelled prompt must end soon.
+    """
+    return 128 if backend() == "cpu" else 512
+
+
+def linear(x: mx.array, weight: mx.array) -> mx.array:
+    """Multiply by a dense matrix: x (..., in), weight (out, in) -> (..., out)."""
+    return x @ weight.T
+
+
+def quantized_linear(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None, form: QuantFormat
+) -> mx.array:
+    """Multiply by a packed matrix: x (..., in), weight (out, in * bits / 32) uint32."""
+    return mx.quantized_matmul(
+        x,
+        weight,
+        scales=scales,
+        biases=biases,
+        transpose=True,
+        group_size=form.group_size,
+        bits=form.bits,
+        mode=form.mode,
+    )
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """Scale rows to unit root mean square, then by weight; accumulates in float32."""
+    return mx.fast.rms_norm(x, weight, eps)
+
+
+def rotate(x: mx.array, periods: mx.array, offset: int) -> mx.array:
+    """Apply RoPE to x (B, heads, L, D), half-split pairs, the first row at position offset."""
+    return mx.fast.rope(
+        x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=periods
+    )
+
+
+def attention(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array | str | None
+) -> mx.array:
+    """Attend: q (B, H, L, D), k and v (B, K, S, D) -> (B, H, L, D); softmax in float32."""
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """Compute silu(gate) * up (arXiv 2002.05202, equation 6)."""
+    return gate * mx.sigmoid(gate) * up

@@ -1,0 +1,163 @@
+"""Every option, once: name, default, help and check.
+
+The command line's flags, Python's keywords and the chat's settings are made of these dataclasses.
+A field that is None is not set; who uses it takes the model directory's value or the default named
+in its help. Imports no MLX.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from mlx_llama.errors import OptionError
+
+DTYPE_NAMES = ("bfloat16", "float16", "float32")
+DEFAULT_TEMPERATURE = 0.6  # Meta's reference code and the Llama 3 release
+DEFAULT_TOP_P = 0.9
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[Any, ...] | None = None,
+    python_only: bool = False,
+) -> Any:
+    metadata = {
+        "help": help,
+        "low": low,
+        "high": high,
+        "choices": choices,
+        "python_only": python_only,
+    }
+    if isinstance(default, dict | list):
+        return field(default_factory=type(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class _Checked:
+    """Checks every field against its metadata when it is set."""
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):  # pyright: ignore[reportArgumentType]
+            problem = _problem(getattr(self, spec.name), spec.metadata)
+            if problem:
+                raise OptionError(f"--{spec.name.replace('_', '-')}: {problem}")
+
+
+def _problem(value: Any, metadata: Mapping[str, Any]) -> str | None:
+    low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
+    if value is None:
+        return None
+    if choices is not None and value not in choices:
+        return f"found {value!r}, expected one of {', '.join(map(str, choices))}"
+    if low is None and high is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return f"found {value!r}, expected a number"
+    if (low is not None and value < low) or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        return f"found {value}, expected {bounds}"
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions(_Checked):
+    """How the next token is chosen: penalties and bias, temperature, top-k, top-p, min-p."""
+
+    temperature: float | None = _option(
+        None, "randomness; 0 always takes the likeliest token (default: the model's, or 0.6)",
+        low=0.0, high=100.0,
+    )  # fmt: skip
+    top_p: float | None = _option(
+        None, "keep the likeliest tokens of this total probability (default: the model's, or 0.9)",
+        low=0.0, high=1.0,
+    )  # fmt: skip
+    top_k: int | None = _option(
+        None, "keep this many likeliest tokens; 0 keeps all (default: the model's, or 0)", low=0
+    )
+    min_p: float = _option(
+        0.0, "drop tokens less likely than this share of the likeliest", low=0.0, high=1.0
+    )
+    repetition_penalty: float | None = _option(
+        None, "divide the scores of tokens already in prompt or answer (default: the model's, or 1)",
+        low=0.01, high=100.0,
+    )  # fmt: skip
+    presence_penalty: float = _option(
+        0.0, "subtract from tokens that the answer holds", low=-100.0, high=100.0
+    )
+    frequency_penalty: float = _option(
+        0.0, "subtract for each time that the answer holds a token", low=-100.0, high=100.0
+    )
+    logit_bias: dict[str, float] = _option(
+        {}, "TEXT=B adds B to the score of a token, with or without a leading space; repeatable"
+    )
+    seed: int | None = _option(
+        None, "makes the answer repeatable (default: another one each time)", low=0, high=2**32 - 1
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationOptions(SamplingOptions):
+    """When an answer ends, and what is reported about it."""
+
+    max_tokens: int | None = _option(
+        None, "end the answer after this many tokens (default: the context's end)", low=0
+    )
+    stop: list[str] = _option([], "end the answer before this text; repeatable")
+    ignore_eos: bool = _option(False, "go on after the model's end-of-text tokens")
+    logprobs: int = _option(
+        0, "report this many likeliest tokens a step, natural logarithms", low=0, high=1000,
+        python_only=True,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Check what the fields' bounds cannot say."""
+        # Zero-argument super() does not survive dataclass(slots=True), which makes a new class.
+        _Checked.__post_init__(self)
+        if isinstance(self.stop, str) or not all(isinstance(s, str) for s in self.stop):
+            raise OptionError("--stop: expected a list of texts")
+        if "" in self.stop:
+            raise OptionError("--stop: an empty text would stop every answer; leave it out")
+        for text, bias in self.logit_bias.items():
+            if isinstance(bias, bool) or not isinstance(bias, int | float) or math.isnan(bias):
+                raise OptionError(f"--logit-bias: {text!r} has {bias!r}, expected a number")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions(_Checked):
+    """What a model directory shall hold."""
+
+    bits: int = _option(4, "bits per weight", choices=(2, 3, 4, 5, 6, 8))
+    group_size: int | None = _option(
+        None, "weights that share a scale (default: 64, or the largest that divides a width)",
+        choices=(32, 64, 128),
+    )  # fmt: skip
+    quantize: bool = _option(True, "pack the matrices", python_only=True)
+    dtype: str | None = _option(
+        None, "dtype of scales and unquantized tensors (default: the source's)",
+        choices=DTYPE_NAMES,
+    )  # fmt: skip
+    kind: str | None = _option(
+        None, "which Llama it is, such as llama3.1-instruct (default: found out, with its reason)"
+    )
+    rope_factor: float | None = _option(
+        None, "factor of Llama 3.1's RoPE scaling (default: found out)", low=1.0, high=1024.0
+    )
+
+
+def generation_options(given: Mapping[str, Any]) -> GenerationOptions:
+    """Check keywords by name; an unknown one is an OptionError that suggests the nearest."""
+    known = [spec.name for spec in fields(GenerationOptions)]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f": choose from {', '.join(known)}"
+            raise OptionError(f"option {name!r} is unknown{hint}")
+    return GenerationOptions(**given)

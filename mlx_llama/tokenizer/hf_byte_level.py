@@ -1,0 +1,91 @@
+"""Llama 3's `tokenizer.json`: back from printable stand-ins and merges to ranks.
+
+Takes a checked `HfFile`, returns the tokenizer that Meta's own file gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from mlx_llama.tokenizer.bpe import PATTERN, BpeTokenizer, check_ranks
+from mlx_llama.tokenizer.hf_json import HfFile, WrongFileError, check_ids_run, names_of
+from mlx_llama.tokenizer.spm_proto import splits
+
+# One token in so many has all its splits looked up among the merges: enough to know a list that
+# was derived from ranks from one that was trained, at little of the time.
+_SAMPLE_STEP = 16
+_NEEDED = ("<|begin_of_text|>", "<|end_of_text|>")
+
+
+def byte_alphabet() -> list[str]:
+    """Return GPT-2's printable stand-in for each byte.
+
+    Source: openai/gpt-2, src/encoder.py, bytes_to_unicode.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [value for value in range(256) if value not in printable]
+    stand_in = {value: 256 + index for index, value in enumerate(others)}
+    return [chr(stand_in.get(value, value)) for value in range(256)]
+
+
+def read_byte_level(path: Path, file: HfFile) -> BpeTokenizer:
+    """Return a Llama 3 tokenizer; WrongFileError unless it gives the file's own results."""
+    _check_steps(file)
+    vocab = {token: i for token, i in file.vocab.items() if token not in file.added}
+    check_ids_run(vocab, 0, "tokens")
+    check_ids_run(file.added, len(vocab), "added tokens")
+    for name in _NEEDED:
+        if name not in file.added:
+            raise WrongFileError(f"no {name} among its added tokens; not a Llama 3 tokenizer")
+    ranks = _ranks(vocab)
+    check_ranks(path, ranks)
+    _check_merges(vocab, file.merges)
+    return BpeTokenizer(path, ranks, sorted(file.added, key=file.added.__getitem__))
+
+
+def _check_steps(file: HfFile) -> None:
+    """Raise unless text is split as Llama 3 splits it."""
+    if file.normalizer:
+        raise WrongFileError(f"its normalizer is {names_of(file.normalizer)}; Llama 3 has none")
+    if [step["type"] for step in file.pre_tokenizer] != ["Split", "ByteLevel"]:
+        raise WrongFileError(
+            f"its pre-tokenizer is {names_of(file.pre_tokenizer)}; Llama 3's is Split + ByteLevel"
+        )
+    split, byte_level = file.pre_tokenizer
+    if split.get("pattern") != {"Regex": PATTERN}:
+        raise WrongFileError("its pattern for splitting text is not Llama 3's")
+    settings = (
+        split.get("behavior"),
+        split.get("invert", False),
+        byte_level.get("add_prefix_space", True),
+        byte_level.get("use_regex", True),
+    )
+    if settings != ("Isolated", False, False, False):
+        raise WrongFileError("the settings of its pre-tokenizer are not Llama 3's")
+
+
+def _ranks(vocab: Mapping[str, int]) -> dict[bytes, int]:
+    # Latin-1 then turns each character into its byte; what is no stand-in cannot be encoded.
+    table = dict.fromkeys(range(256), 0xFFFF)
+    table |= {ord(char): value for value, char in enumerate(byte_alphabet())}
+    ranks: dict[bytes, int] = {}
+    for token in sorted(vocab, key=vocab.__getitem__):
+        try:
+            ranks[token.translate(table).encode("latin-1")] = vocab[token]
+        except UnicodeEncodeError as error:
+            raise WrongFileError(
+                f"token {token!r:.40} is not written in the byte alphabet"
+            ) from error
+    return ranks
+
+
+def _check_merges(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
+    """Raise unless the merges say what tiktoken does: any pair that joins, lowest id first."""
+    results = [vocab.get(left + right, -1) for left, right in merges]
+    if -1 in results or any(later < earlier for earlier, later in pairwise(results)):
+        raise WrongFileError("its merges do not follow the order of its ids, as Llama 3's do")
+    pairs, known = set(merges), set(vocab)
+    if not all(pairs.issuperset(splits(token, known)) for token in list(vocab)[::_SAMPLE_STEP]):
+        raise WrongFileError("its merges leave out pairs that Llama 3's list has")

@@ -1,0 +1,130 @@
+"""Streams weights through `mx.quantize`, a few rows at a time, on as many threads as asked.
+
+Groups run along a row, so rows are packed independently: the bytes do not depend on how a tensor
+was cut. Packing runs on the CPU device whatever the machine has, for the same reason. Knows the
+names of a model directory, no files.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_llama.config import QuantFormat
+from mlx_llama.errors import QuantizationError
+from mlx_llama.ops import DTYPES
+from mlx_llama.weights import WeightSource, hf_module
+
+BLOCK_BYTES = 8 << 20  # of a tensor as stored; a few of them are alive for each thread
+
+Entry = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+
+
+def packed_entries(
+    name: str, shape: tuple[int, ...], dtype: str, form: QuantFormat | None
+) -> list[Entry]:
+    """Return what one tensor becomes in a model directory: (name, dtype, shape) each."""
+    module = hf_module(name)
+    if form is None:
+        return [(f"{module}.weight", dtype, shape)]
+    rows, width = shape
+    groups = (rows, width // form.group_size)
+    return [
+        (f"{module}.weight", "uint32", (rows, width * form.bits // 32)),
+        (f"{module}.scales", dtype, groups),
+        (f"{module}.biases", dtype, groups),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    name: str
+    rows: slice | None
+    form: QuantFormat | None
+    dtype: str | None
+
+
+def quantize_weights(
+    source: WeightSource,
+    forms: Mapping[str, QuantFormat | None],
+    *,
+    dtype: str | None,
+    n_threads: int,
+) -> Iterator[tuple[str, mx.array]]:
+    """Yield every tensor's arrays under their Hugging Face names, in pieces of consecutive rows.
+
+    forms: by Meta's name, None for a tensor that is not packed. dtype: of scales and unpacked
+    tensors, None for the source's. Pieces come in the order of `source.names()` and of rows;
+    weight, scales and biases of the same rows follow each other. Evaluated.
+    """
+    streams = threading.local()
+
+    def work(job: _Job) -> list[tuple[str, mx.array]]:
+        if not hasattr(streams, "cpu"):
+            streams.cpu = mx.new_stream(mx.cpu)
+        with mx.stream(streams.cpu):
+            return _pack(source, job)
+
+    jobs = (job for name in source.names() for job in _jobs(source, name, forms[name], dtype))
+    waiting: deque[Future[list[tuple[str, mx.array]]]] = deque()
+    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="quantize")
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(work, job))
+            # A short queue keeps the threads busy and the memory bounded.
+            if len(waiting) > n_threads + 1:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _jobs(
+    source: WeightSource, name: str, form: QuantFormat | None, dtype: str | None
+) -> Iterator[_Job]:
+    shape = source.shape(name)
+    if len(shape) == 1:
+        yield _Job(name, None, form, dtype)
+        return
+    n_rows, width = shape
+    itemsize = 4 if source.dtype(name) == "float32" else 2
+    step = max(1, BLOCK_BYTES // (width * itemsize))
+    step = max(step // 256 * 256, 1) if step >= 256 else step
+    for start in range(0, n_rows, step):
+        yield _Job(name, slice(start, min(start + step, n_rows)), form, dtype)
+
+
+def _pack(source: WeightSource, job: _Job) -> list[tuple[str, mx.array]]:
+    """Read and pack one job's rows; runs in a worker's own stream."""
+    values = source.read(job.name, job.rows)
+    if job.dtype is not None and values.dtype != DTYPES[job.dtype]:
+        values = _cast(job.name, values, job.dtype)
+    module = hf_module(job.name)
+    if job.form is None:
+        mx.eval(values)
+        return [(f"{module}.weight", values)]
+    form = job.form
+    weight, scales, biases = mx.quantize(values, group_size=form.group_size, bits=form.bits)
+    mx.eval(weight, scales, biases)
+    return [
+        (f"{module}.weight", weight),
+        (f"{module}.scales", scales),
+        (f"{module}.biases", biases),
+    ]
+
+
+def _cast(name: str, values: mx.array, dtype: str) -> mx.array:
+    """Change the dtype; QuantizationError where float16 would overflow."""
+    cast = values.astype(DTYPES[dtype])
+    if dtype == "float16" and not bool(mx.all(mx.isfinite(cast) == mx.isfinite(values)).item()):
+        largest = mx.max(mx.abs(values.astype(mx.float32))).item()
+        raise QuantizationError(
+            f"tensor {name}: holds {largest:g}, float16 ends at 65504; take --dtype bfloat16"
+        )
+    return cast
