@@ -30,7 +30,9 @@ def _flags_of(options: type, **types: Any) -> type:
             allow_leading_hyphen=True,
         )
         made.append((spec.name, Annotated[kind | None, parameter], field(default=None)))
-    return make_dataclass(f"{options.__name__}Flags", made, frozen=True)
+    made_class = make_dataclass(f"{options.__name__}Flags", made, frozen=True)
+    made_class.__module__ = __name__  # cyclopts does not look into classes of the standard library
+    return made_class
 
 
 def _default_help(spec: Field[Any]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_llama_convert.dtypes import MAX_DIMENSION, MAX_NDIM
+from mlx_llama.dtypes import MAX_DIMENSION, MAX_NDIM
 
 
 class RefusedError(Exception):

@@ -20,7 +20,7 @@ from typing import Any, Self, TypeAlias
 
 import mlx.core as mx
 
-from mlx_llama_convert.dtypes import DTYPES
+from mlx_llama.dtypes import DTYPES
 
 # name, dtype (a key of DTYPES, as `TensorRef.dtype`), shape
 Entry: TypeAlias = tuple[str, str, tuple[int, ...]]

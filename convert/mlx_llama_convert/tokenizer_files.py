@@ -75,7 +75,9 @@ def _tokenizer_json(tokenizer: Tokenizer, kind: Kind) -> Json:
 
 def _named_tokens(tokenizer: Tokenizer, kind: Kind) -> dict[str, str]:
     """Return the names of BOS, of EOS as peers use it (it ends an answer), and of unknown text."""
-    by_id = {token_id: name for name, token_id in reversed(tokenizer.special_tokens.items())}
+    by_id: dict[int, str] = {}
+    for name, token_id in tokenizer.special_tokens.items():
+        by_id.setdefault(token_id, name)  # the file's own names stand before aliases
     end = next((name for name in kind.stops if name in _ANSWER_ENDS), None)
     end_id = tokenizer.eos_id if end is None else tokenizer.special_tokens.get(end)
     if end_id is None:

@@ -58,16 +58,17 @@ class Llama3Format:
         newlines = self._tokenizer.encode("\n\n")
         return [self._start, *self._tokenizer.encode(name), self._end, *newlines]
 
-    def _content(self, message: Message) -> Sequence[int]:
-        if message.token_ids is not None:
-            return message.token_ids
+    def _content(self, message: Message) -> list[int]:
         text = message.content.strip() if self._is_stripped else message.content
-        return self._tokenizer.encode(text)
+        return self._ids(message, text)
 
-    def _begun(self, message: Message) -> Sequence[int]:
-        if message.token_ids is not None:
-            return message.token_ids
+    def _begun(self, message: Message) -> list[int]:
         text = message.content.lstrip() if self._is_stripped else message.content
+        return self._ids(message, text)
+
+    def _ids(self, message: Message, text: str) -> list[int]:
+        if message.token_ids is not None:
+            return list(message.token_ids)
         return self._tokenizer.encode(text)
 
     def _dated(self, messages: Sequence[Message], date: str) -> list[Message]:

@@ -167,8 +167,6 @@ def read_tiktoken(path: Path, data: bytes) -> BpeTokenizer:
         if not token or token in ranks:
             raise _damaged(path, number, "the same token twice" if token else "an empty token")
         ranks[token] = number
-    if not data.endswith(b"\n"):
-        raise TokenizerError(f"{path}: the last of {len(ranks)} lines is cut off; copy it again")
     check_ranks(path, ranks)
     return BpeTokenizer(path, ranks, special_names("meta"))
 

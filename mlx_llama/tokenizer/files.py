@@ -48,7 +48,7 @@ def format_of(data: bytes) -> str | None:
     if _TIKTOKEN_LINE.match(data):
         return "tiktoken"
     # Field 1 (the pieces) or 2 (the trainer's settings) of a ModelProto, as a message.
-    if data[:1] in (b"\n", b"\x12") and b"<" in data[:64]:
+    if data[:1] in (b"\n", b"\x12"):
         return "sentencepiece"
     return None
 

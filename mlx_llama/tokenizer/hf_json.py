@@ -102,18 +102,15 @@ def _merges(raw: object) -> tuple[tuple[str, str], ...]:
     """Return pairs from either form: "left right", or [left, right] as written since 2024."""
     if not isinstance(raw, list):
         raise WrongFileError("no list of merges")
-    pairs = tuple(
-        tuple(merge.split(" ")) if isinstance(merge, str) else _pair(merge) for merge in raw
-    )
-    for pair in pairs:
-        if len(pair) != 2:
-            raise WrongFileError(f"merge {pair!r:.60} is not a pair of tokens")
-    return pairs  # pyright: ignore[reportReturnType]
+    return tuple(_pair(merge) for merge in raw)
 
 
-def _pair(merge: object) -> tuple[str, ...]:
-    if isinstance(merge, list) and all(isinstance(part, str) for part in merge):
-        return tuple(merge)
+def _pair(merge: object) -> tuple[str, str]:
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    if isinstance(parts, list) and len(parts) == 2:
+        left, right = parts
+        if isinstance(left, str) and isinstance(right, str):
+            return left, right
     raise WrongFileError(f"merge {merge!r:.60} is not a pair of tokens")
 
 

@@ -69,6 +69,8 @@ def parse_model(data: bytes) -> SpmModel:
             trainer = dict(_fields(value))
         else:
             normalizer = dict(_fields(value))
+    if not trainer:
+        raise ValueError("it ends before the settings that follow its pieces")
     if not pieces or len(pieces) > MAX_PIECES:
         raise ValueError(f"it holds {len(pieces)} pieces")
     if len({piece.text for piece in pieces}) < len(pieces):
