@@ -137,7 +137,10 @@ class StopText:
         if found:
             return self._held[: min(found)], True
         keep = self._possible_beginning()
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        shown, self._held = (
+            self._held[: len(self._held) - keep],
+            self._held[len(self._held) - keep :],
+        )
         return shown, False
 
     def rest(self) -> str:
@@ -184,9 +187,7 @@ def generate(model: LlamaModel, cache: Cache, request: Request) -> Iterator[Step
     for n_answer in range(1, budget + 1):
         if request.is_cancelled:
             text = output.finish()
-            yield Step(
-                None, text, finish_reason="cancelled", stats=clock.stats(request, cache)
-            )
+            yield Step(None, text, finish_reason="cancelled", stats=clock.stats(request, cache))
             return
         following = None
         if n_answer < budget:

@@ -82,9 +82,7 @@ class Llama:
                 )
         return ids
 
-    def logits(
-        self, ids: Sequence[int], *, positions: Sequence[int] | None = None
-    ) -> mx.array:
+    def logits(self, ids: Sequence[int], *, positions: Sequence[int] | None = None) -> mx.array:
         """Return the scores behind each token of a text, without sampling.
 
         ids: (L,), BOS included. positions: which of them to give logits for; None gives all.

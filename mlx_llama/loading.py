@@ -33,11 +33,12 @@ INDEX_NAME = "model.safetensors.index.json"
 class ModelDirectory:
     """What a directory says of itself, read without touching a weight.
 
-    raw: config.json as it stands. tensors: by Hugging Face name.
+    own: what config.json says under `mlx_llama`, empty for other people's directories.
+    tensors: by Hugging Face name.
     """
 
     path: Path
-    raw: Mapping[str, Any]
+    own: Mapping[str, Any]
     config: ModelConfig
     kind: Decision
     tokenizer: Tokenizer
@@ -116,9 +117,15 @@ def open_model_directory(path: Path) -> ModelDirectory:
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the weights "
             f"{config.vocab_size}; they belong to different models"
         )
-    kind = _decide_kind(path, raw, config, tokenizer)
+    kind = decide_folder_kind(path, raw, config, tokenizer)
     config = config_from_hf(raw, kind=kind.value, is_tied=config.tied)
-    return ModelDirectory(path, raw, config, kind, tokenizer, tensors)
+    return ModelDirectory(path, own_entry(raw), config, kind, tokenizer, tensors)
+
+
+def own_entry(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a config.json says under `mlx_llama`, which only this project writes."""
+    own = raw.get("mlx_llama")
+    return own if isinstance(own, Mapping) else {}
 
 
 def _no_model(path: Path) -> str:
@@ -164,15 +171,20 @@ def _is_ours(path: Path, name: str) -> bool:
     raise CheckpointError(f"{path}: tensor {name} is not a Llama's; adapters are not loaded here")
 
 
-def _decide_kind(
-    path: Path, raw: Mapping[str, Any], config: ModelConfig, tokenizer: Tokenizer
+def decide_folder_kind(
+    path: Path,
+    raw: Mapping[str, Any],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    flag: str | None = None,
 ) -> Decision:
-    own = raw.get("mlx_llama")
-    recorded = own.get("kind") if isinstance(own, Mapping) else None
+    """Choose the kind of a folder in Hugging Face's layout; raw is its config.json."""
+    recorded = own_entry(raw).get("kind")
     return decide_kind(
-        flag=None,
+        flag=flag,
         recorded=recorded if isinstance(recorded, str) else None,
-        chat_template=chat_template_text(path),
+        chat_template=_chat_template_text(path),
         names=[path.resolve().name, str(raw.get("_name_or_path", ""))],
         base=base_kind(
             is_tiktoken=tokenizer.family == "tiktoken",
@@ -184,7 +196,7 @@ def _decide_kind(
     )
 
 
-def chat_template_text(path: Path) -> str | None:
+def _chat_template_text(path: Path) -> str | None:
     """Return a folder's chat template, to be recognised and never executed."""
     file = path / "chat_template.jinja"
     if file.is_file() and file.stat().st_size < MAX_JSON_BYTES:

@@ -72,13 +72,17 @@ class SamplingOptions(_Checked):
     """How the next token is chosen: penalties and bias, temperature, top-k, top-p, min-p."""
 
     temperature: float | None = _option(
-        None, "randomness; 0 always takes the likeliest token (default: the model's, or 0.6)",
-        low=0.0, high=100.0,
-    )  # fmt: skip
+        None,
+        "randomness; 0 always takes the likeliest token (default: the model's, or 0.6)",
+        low=0.0,
+        high=100.0,
+    )
     top_p: float | None = _option(
-        None, "keep the likeliest tokens of this total probability (default: the model's, or 0.9)",
-        low=0.0, high=1.0,
-    )  # fmt: skip
+        None,
+        "keep the likeliest tokens of this total probability (default: the model's, or 0.9)",
+        low=0.0,
+        high=1.0,
+    )
     top_k: int | None = _option(
         None, "keep this many likeliest tokens; 0 keeps all (default: the model's, or 0)", low=0
     )
@@ -86,9 +90,11 @@ class SamplingOptions(_Checked):
         0.0, "drop tokens less likely than this share of the likeliest", low=0.0, high=1.0
     )
     repetition_penalty: float | None = _option(
-        None, "divide the scores of tokens already in prompt or answer (default: the model's, or 1)",
-        low=0.01, high=100.0,
-    )  # fmt: skip
+        None,
+        "divide the scores of tokens in prompt or answer (default: the model's, or 1)",
+        low=0.01,
+        high=100.0,
+    )
     presence_penalty: float = _option(
         0.0, "subtract from tokens that the answer holds", low=-100.0, high=100.0
     )
@@ -113,9 +119,12 @@ class GenerationOptions(SamplingOptions):
     stop: list[str] = _option([], "end the answer before this text; repeatable")
     ignore_eos: bool = _option(False, "go on after the model's end-of-text tokens")
     logprobs: int = _option(
-        0, "report this many likeliest tokens a step, natural logarithms", low=0, high=1000,
+        0,
+        "report this many likeliest tokens a step, natural logarithms",
+        low=0,
+        high=1000,
         python_only=True,
-    )  # fmt: skip
+    )
 
     def __post_init__(self) -> None:
         """Check what the fields' bounds cannot say."""
@@ -136,14 +145,16 @@ class ConvertOptions(_Checked):
 
     bits: int = _option(4, "bits per weight", choices=(2, 3, 4, 5, 6, 8))
     group_size: int | None = _option(
-        None, "weights that share a scale (default: 64, or the largest that divides a width)",
+        None,
+        "weights that share a scale (default: 64, or the largest that divides a width)",
         choices=(32, 64, 128),
-    )  # fmt: skip
+    )
     quantize: bool = _option(True, "pack the matrices", python_only=True)
     dtype: str | None = _option(
-        None, "dtype of scales and unquantized tensors (default: the source's)",
+        None,
+        "dtype of scales and unquantized tensors (default: the source's)",
         choices=DTYPE_NAMES,
-    )  # fmt: skip
+    )
     kind: str | None = _option(
         None, "which Llama it is, such as llama3.1-instruct (default: found out, with its reason)"
     )

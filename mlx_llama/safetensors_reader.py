@@ -15,10 +15,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mlx_llama.errors import CheckpointError
-from mlx_llama.strict_json import parse_json_bytes
 from mlx_llama.dtypes import BY_SAFETENSORS, MAX_DIMENSION, MAX_NDIM, Dtype
+from mlx_llama.errors import CheckpointError
 from mlx_llama.signatures import explain_foreign
+from mlx_llama.strict_json import parse_json_bytes
 from mlx_llama.tensor_ref import TensorRef
 
 MAX_HEADER_NBYTES = 100_000_000  # the limit of the safetensors library

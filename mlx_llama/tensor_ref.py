@@ -12,8 +12,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_llama.errors import CheckpointError
 from mlx_llama.dtypes import DTYPES
+from mlx_llama.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from mlx_llama.options import ConvertOptions
 from mlx_llama_apps import paths
 from mlx_llama_apps.flags import ConvertFlags, given
 from mlx_llama_apps.progress import byte_bar, remark
+from mlx_llama_apps.terminal import size
 
 if TYPE_CHECKING:
     from mlx_llama_convert.plan import ConversionPlan
@@ -77,7 +78,8 @@ def convert(
             on_progress=on_progress,
         )
     elapsed = monotonic() - started
-    remark(f"done in {elapsed:.1f} s, {plan.source_bytes / 1e9 / max(elapsed, 1e-9):.2f} GB/s read")
+    rate = int(plan.source_bytes / max(elapsed, 1e-9))
+    remark(f"done in {elapsed:.1f} s, {size(rate)} read a second")
     print(target)
 
 
@@ -86,7 +88,7 @@ def plan_lines(plan: ConversionPlan, target: Path) -> list[str]:
     config, source = plan.config, plan.source
     stored = ", ".join(f"{count} × {how}" for how, count in plan.format_counts.items())
     lines = [
-        f"source    {source.path} ({source.layout}, {plan.source_bytes / 1e9:.2f} GB)",
+        f"source    {source.path} ({source.layout}, {size(plan.source_bytes)})",
         f"kind      {source.kind.value} ({source.kind.reason})",
         f"shape     {config.parameter_count / 1e6:,.1f} M parameters, {config.n_layers} layers, "
         f"dim {config.dim}, {config.n_heads} heads, {config.n_kv_heads} key/value heads, "
@@ -96,8 +98,7 @@ def plan_lines(plan: ConversionPlan, target: Path) -> list[str]:
         lines.append(f"RoPE      factor {config.rope_scaling.factor:g} ({source.rope})")
     lines += [
         f"matrices  {stored}",
-        f"output    {target} ({plan.output_bytes / 1e9:.2f} GB, "
+        f"output    {target} ({size(plan.output_bytes)}, "
         f"{plan.bits_per_weight:.2f} bits per weight)",
     ]
     return lines + [f"note      {note}" for note in plan.notes]
-

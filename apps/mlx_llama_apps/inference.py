@@ -117,7 +117,7 @@ class Inference(Generic[S]):
             try:
                 for result in job.work():
                     job.results.put(result)
-            except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+            except BaseException as error:
                 end = _End(error=error)
             self._running = None
             job.results.put(end)

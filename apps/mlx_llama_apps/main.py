@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, MissingArgumentError
 
 import mlx_llama
 from mlx_llama.errors import MlxLlamaError, OptionError
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Who read us has gone (`| head`); Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:  # noqa: BLE001 - a bug, told in one line all the same
+    except Exception as error:
         line = f"unexpected {type(error).__name__}: {error}; --debug shows where"
         return _fail(line, EXIT_ERROR, is_debugged)
 
@@ -80,14 +80,29 @@ def _usage_line(error: CycloptsError, tokens: list[str]) -> str:
     """Say what is wrong with the command line and where to look."""
     command = tokens[0] if tokens and tokens[0] in app else None
     where = f"mlx-llama {command} --help" if command else "mlx-llama --help"
-    return f"{_unknown_option(command, tokens) or str(error).rstrip('. ')}; see {where}"
+    return f"{_unknown_option(command, tokens) or _missing(error) or _plain(error)}; see {where}"
+
+
+def _plain(error: CycloptsError) -> str:
+    text = str(error).rstrip(". ")
+    return text[:1].lower() + text[1:]
+
+
+def _missing(error: CycloptsError) -> str | None:
+    """Say what a missing MODEL or SOURCE is, not only that it is missing."""
+    if not isinstance(error, MissingArgumentError) or error.argument is None:
+        return None
+    name, about = error.argument.name, error.argument.parameter.help
+    return f"{name} is missing: {about}" if name in ("MODEL", "SOURCE") and about else None
 
 
 def _unknown_option(command: str | None, tokens: list[str]) -> str | None:
     """Find a mistyped option, which a PROMPT that may begin with a hyphen would swallow."""
     if command is None:
         return None
-    known = [name for argument in app[command].assemble_argument_collection() for name in argument.names]
+    known = [
+        name for argument in app[command].assemble_argument_collection() for name in argument.names
+    ]
     end = tokens.index("--") if "--" in tokens else len(tokens)
     for token in tokens[1:end]:
         name = token.partition("=")[0]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from mlx_llama_apps import paths
+from mlx_llama_apps.terminal import size
 
 if TYPE_CHECKING:
     from mlx_llama.loading import ModelDirectory
@@ -49,7 +50,10 @@ def model_facts(directory: ModelDirectory) -> dict[str, Any]:
     dtype = ops.compute_dtype(config.dtype, is_quantized=directory.is_quantized, asked=None)
     return {
         "path": str(directory.path),
-        "kind": {"value": directory.kind.value, "reason": directory.kind.reason},
+        "kind": {
+            "value": directory.kind.value,
+            "reason": directory.own.get("kind_reason") or directory.kind.reason,
+        },
         "prompt_format": kind_named(config.kind).prompt,
         "parameters": config.parameter_count,
         "layers": config.n_layers,
@@ -65,6 +69,7 @@ def model_facts(directory: ModelDirectory) -> dict[str, Any]:
             "theta": config.rope_theta,
             "type": "default" if scaling is None else scaling.rope_type,
             "factor": None if scaling is None else scaling.factor,
+            "reason": None if scaling is None else directory.own.get("rope_factor_reason"),
         },
         "matrices": formats,
         "bits_per_weight": round(8 * directory.weight_bytes / config.parameter_count, 4),
@@ -91,7 +96,10 @@ def _source_files(path: Path) -> list[dict[str, Any]]:
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     rope = facts["rope"]
-    scaling = "" if rope["factor"] is None else f", {rope['type']} scaling, factor {rope['factor']:g}"
+    scaling = ""
+    if rope["factor"] is not None:
+        reason = f" ({rope['reason']})" if rope["reason"] else ""
+        scaling = f", {rope['type']} scaling, factor {rope['factor']:g}{reason}"
     matrices = ", ".join(f"{count} × {how}" for how, count in facts["matrices"].items())
     rows = [
         ("model", facts["path"]),
@@ -110,11 +118,13 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("matrices", matrices),
         (
             "weights",
-            f"{facts['weight_bytes'] / 1e6:,.2f} MB, {facts['bits_per_weight']:.2f} bits per weight",
+            f"{size(facts['weight_bytes'])}, {facts['bits_per_weight']:.2f} bits per weight",
         ),
         ("runs on", f"{facts['backend']}, {facts['dtype']}"),
     ]
     for file in facts["source_files"]:
         digest = str(file.get("sha256", ""))[:16]
-        rows.append(("made of", f"{file.get('name')}, {file.get('bytes')} bytes, sha256 {digest}…"))
+        rows.append(
+            ("made of", f"{file.get('name')}, {size(file.get('bytes', 0))}, sha256 {digest}…")
+        )
     return rows

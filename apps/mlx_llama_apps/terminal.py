@@ -14,6 +14,14 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _CLEAR_LINE = "\r\x1b[2K"
 
 
+def size(nbytes: int) -> str:
+    """Say a number of bytes in decimal units: 1.31 GB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.2f} {unit}"
+    return f"{nbytes} bytes"
+
+
 def write_text(text: str, stream: TextIO) -> None:
     """Write a model's text at once; at a terminal control characters become U+FFFD."""
     stream.write(_CONTROL.sub("\ufffd", text) if stream.isatty() else text)

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-
 import mlx_llama
 from mlx_llama.config import config_to_hf
 from mlx_llama.kinds import kind_named
@@ -88,7 +87,12 @@ def _write_weights(
 
 
 def _config_json(plan: ConversionPlan) -> dict[str, Any]:
-    own = {"kind": plan.config.kind, "version": mlx_llama.__version__}
+    own = {
+        "version": mlx_llama.__version__,
+        "kind": plan.config.kind,
+        "kind_reason": plan.source.kind.reason,
+        "rope_factor_reason": plan.source.rope,
+    }
     return {**config_to_hf(plan.config), "mlx_llama": own}
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from mlx_llama.config import ModelConfig, config_from_hf
 from mlx_llama.errors import CheckpointError, OptionError, UnsupportedModelError
-from mlx_llama.kinds import Decision, base_kind, decide_kind, decide_rope_factor
-from mlx_llama.loading import MAX_JSON_BYTES, chat_template_text, open_shards
+from mlx_llama.kinds import decide_rope_factor
+from mlx_llama.loading import MAX_JSON_BYTES, decide_folder_kind, open_shards
 from mlx_llama.options import ConvertOptions
 from mlx_llama.strict_json import load_json
 from mlx_llama.tensor_ref import TensorRef
-from mlx_llama.tokenizer import Tokenizer, open_tokenizer
+from mlx_llama.tokenizer import open_tokenizer
 from mlx_llama.weights import EMBEDDING, OUTPUT, meta_name
 from mlx_llama_convert.shards import LogicalTensor, equal_content
 from mlx_llama_convert.source import CheckpointWeights, SourceModel, check_vocabulary
@@ -33,7 +33,7 @@ def open_huggingface(folder: Path, options: ConvertOptions) -> SourceModel:
     config = config_from_hf({**raw, "tie_word_embeddings": is_tied}, kind="llama2", is_tied=None)
     tokenizer = open_tokenizer(folder)
     check_vocabulary(tokenizer, config.vocab_size, is_padded=True)
-    kind = _decide_kind(folder, raw, config, tokenizer, options)
+    kind = decide_folder_kind(folder, raw, config, tokenizer, flag=options.kind)
     config, rope = _with_rope_factor(config, options)
     config = replace(
         config, kind=kind.value, dtype=tensors[EMBEDDING].dtype, bos_id=None, eos_ids=()
@@ -67,9 +67,7 @@ def _logical(folder: Path, refs: Mapping[str, TensorRef]) -> dict[str, LogicalTe
     return tensors
 
 
-def _decide_tied(
-    folder: Path, raw: Mapping[str, Any], tensors: dict[str, LogicalTensor]
-) -> bool:
+def _decide_tied(folder: Path, raw: Mapping[str, Any], tensors: dict[str, LogicalTensor]) -> bool:
     """Decide from the weights whether the output is the embedding, and check config.json."""
     said = raw.get("tie_word_embeddings")
     if OUTPUT not in tensors:
@@ -87,31 +85,6 @@ def _decide_tied(
             "model.embed_tokens.weight; set it to false if the output is its own"
         )
     return False
-
-
-def _decide_kind(
-    folder: Path,
-    raw: Mapping[str, Any],
-    config: ModelConfig,
-    tokenizer: Tokenizer,
-    options: ConvertOptions,
-) -> Decision:
-    own = raw.get("mlx_llama")
-    recorded = own.get("kind") if isinstance(own, Mapping) else None
-    is_tiktoken = tokenizer.family == "tiktoken"
-    return decide_kind(
-        flag=options.kind,
-        recorded=recorded if isinstance(recorded, str) else None,
-        chat_template=chat_template_text(folder),
-        names=[folder.resolve().name, str(raw.get("_name_or_path", ""))],
-        base=base_kind(
-            is_tiktoken=is_tiktoken,
-            is_rope_scaled=config.rope_scaling is not None,
-            is_tied=config.tied,
-            norm_eps=config.norm_eps,
-        ),
-        is_tiktoken=is_tiktoken,
-    )
 
 
 def _with_rope_factor(

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mlx_llama.config import ModelConfig, QuantFormat
+from mlx_llama.dtypes import DTYPES
 from mlx_llama.errors import OptionError
 from mlx_llama.kinds import kind_named
 from mlx_llama.options import ConvertOptions
 from mlx_llama.tokenizer import Tokenizer
 from mlx_llama.weights import count_formats, hf_module, is_matrix
-from mlx_llama.dtypes import DTYPES
 from mlx_llama_convert.source import SourceModel
 from mlx_llama_quantize import QuantSpec, packed_entries
 from mlx_llama_quantize.spec import DEFAULT_GROUP_SIZE

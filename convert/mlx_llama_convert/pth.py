@@ -14,11 +14,11 @@ import struct
 import zipfile
 from pathlib import Path
 
-from mlx_llama.errors import CheckpointError
 from mlx_llama.dtypes import DTYPES
-from mlx_llama_convert.pickle_objects import UNTYPED, PickledStorage, PickledTensor
+from mlx_llama.errors import CheckpointError
 from mlx_llama.signatures import explain_foreign
 from mlx_llama.tensor_ref import TensorRef
+from mlx_llama_convert.pickle_objects import UNTYPED, PickledStorage, PickledTensor
 from mlx_llama_convert.unpickle import read_pickled_dict
 
 # Llama 3.1 405B, the largest, has a pickle of 200 kB and a directory of 100 kB.

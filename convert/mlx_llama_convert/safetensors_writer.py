@@ -1,7 +1,7 @@
-"""The safetensors writer: a file whose tensors are known beforehand and arrive one by one.
+"""The safetensors writer: a file whose tensors are known beforehand and arrive in pieces.
 
-Takes names, dtypes and shapes first and writes the header, then takes arrays in that order, whole
-or in pieces of rows, so that memory is bounded by one piece. Also plans how tensors are spread
+Takes names, dtypes and shapes first and writes the header, then takes arrays, whole or in pieces of
+rows, each to its place, so that memory is bounded by one piece. Also plans how tensors are spread
 over files. Knows nothing of what the names mean, of atomic folders or of `config.json`.
 
 Source: the format section of the safetensors project's README.
@@ -14,6 +14,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -75,6 +76,20 @@ def build_index(shards: Sequence[Sequence[Entry]]) -> dict[str, Any]:
     }
 
 
+@dataclass(slots=True)
+class _Place:
+    """Where one tensor lies in the file, and how many of its rows are written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    rows_done: int = 0
+
+    @property
+    def n_rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+
 class SafetensorsWriter:
     """One safetensors file in the making; a context manager.
 
@@ -86,17 +101,20 @@ class SafetensorsWriter:
     def __init__(
         self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None
     ) -> None:
-        self._entries = tuple(entries)
-        self._header = _header(self._entries, metadata)
+        self._header = _header(entries, metadata)
         self._path = path
         self._file: io.FileIO | None = None
-        self._turn = 0
-        self._rows_done = 0
+        self._places: dict[str, _Place] = {}
+        offset = len(self._header)
+        for entry in entries:
+            name, dtype, shape = entry
+            self._places[name] = _Place(dtype, shape, offset)
+            offset += entry_nbytes(entry)
 
     def __enter__(self) -> Self:
         self._file = self._path.open("wb", buffering=0)
         try:
-            self._write_all(memoryview(self._header))
+            self._write_at(0, memoryview(self._header))
         except BaseException:
             self._file.close()
             raise
@@ -113,55 +131,57 @@ class SafetensorsWriter:
         with self._file as file:
             if kind is not None:
                 return
-            if self._turn < len(self._entries):
-                raise ValueError(f"{self._path}: closed before {self._entries[self._turn][0]!r}")
+            for name, place in self._places.items():
+                if place.rows_done < place.n_rows:
+                    raise ValueError(
+                        f"{self._path}: closed with {place.rows_done} of {place.n_rows} rows of "
+                        f"{name!r} written"
+                    )
             os.fsync(file.fileno())
 
     def write(self, name: str, array: mx.array) -> None:
-        """Write the next tensor, or its next rows.
+        """Write a tensor, or its next rows; tensors may come in any order and take turns.
 
         array: of the announced dtype; of the announced shape, or with fewer rows on axis 0, in
-        which case the following calls bring the rest. It is evaluated here and written from its
-        own memory; only an array whose rows do not follow one another is copied.
+        which case later calls bring the rest. It is evaluated here and written from its own
+        memory; only an array whose rows do not follow one another is copied.
         """
-        dtype, shape = self._expect(name, array)
-        plain = mx.contiguous(array.view(dtype)) if array.shape else array.reshape(1).view(dtype)
+        place = self._expect(name, array)
+        carrier = DTYPES[place.dtype].carrier
+        plain = array if array.shape else array.reshape(1)
+        plain = mx.contiguous(plain.view(carrier))
         mx.eval(plain)
         if plain.size:
-            self._write_all(memoryview(plain).cast("B"))
-        self._rows_done += array.shape[0] if shape else 1
-        if self._rows_done == (shape[0] if shape else 1):
-            self._turn += 1
-            self._rows_done = 0
+            row_nbytes = plain.nbytes // plain.shape[0]
+            self._write_at(place.offset + place.rows_done * row_nbytes, memoryview(plain).cast("B"))
+        place.rows_done += plain.shape[0]
 
-    def _expect(self, name: str, array: mx.array) -> tuple[mx.Dtype, tuple[int, ...]]:
-        """Check an array against the entry whose turn it is; return carrier and whole shape."""
-        if self._turn == len(self._entries):
-            raise ValueError(f"{self._path}: {name!r} comes after the last tensor")
-        expected, dtype, shape = self._entries[self._turn]
-        if name != expected:
-            raise ValueError(f"{self._path}: {name!r} comes where {expected!r} is due")
-        if array.dtype != DTYPES[dtype].array:
-            raise ValueError(f"{self._path}: {name!r} is {array.dtype}, announced as {dtype}")
-        found = tuple(array.shape)
-        rows_left = shape[0] - self._rows_done if shape else 0
+    def _expect(self, name: str, array: mx.array) -> _Place:
+        """Check an array against what was announced under its name."""
+        place = self._places.get(name)
+        if place is None:
+            raise ValueError(f"{self._path}: {name!r} was not announced")
+        if array.dtype != DTYPES[place.dtype].array:
+            raise ValueError(f"{self._path}: {name!r} is {array.dtype}, announced as {place.dtype}")
+        found, shape = tuple(array.shape), place.shape
         if shape and found:
-            fits = found[1:] == shape[1:] and found[0] <= rows_left
+            fits = found[1:] == shape[1:] and found[0] <= place.n_rows - place.rows_done
         else:
-            fits = found == shape
+            fits = found == shape and not place.rows_done
         if not fits:
             raise ValueError(
                 f"{self._path}: {name!r} has shape {found}, announced {shape}, "
-                f"{self._rows_done} rows are written"
+                f"{place.rows_done} rows are written"
             )
-        return DTYPES[dtype].carrier, shape
+        return place
 
-    def _write_all(self, view: memoryview) -> None:
+    def _write_at(self, offset: int, view: memoryview) -> None:
         if self._file is None or self._file.closed:
             raise ValueError(f"{self._path}: written outside its `with` block")
         done = 0
         while done < len(view):
-            done += self._file.write(view[done:])  # short where the system caps one write at 2 GiB
+            # Short where the system caps one write at 2 GiB.
+            done += os.pwrite(self._file.fileno(), view[done:], offset + done)
 
 
 def _header(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> bytes:

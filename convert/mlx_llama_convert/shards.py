@@ -15,8 +15,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_llama.errors import CheckpointError
 from mlx_llama.dtypes import DTYPES
+from mlx_llama.errors import CheckpointError
 from mlx_llama.tensor_ref import RowBuffer, TensorRef, row_bounds
 
 _SHARD_NAME = re.compile(r"consolidated\.([0-9]{1,4})\.pth")

@@ -155,6 +155,8 @@ def _cut_runs(text: str) -> Iterator[str]:
 
 def read_tiktoken(path: Path, data: bytes) -> BpeTokenizer:
     """Read lines of `base64 rank`; the special tokens follow as in Meta's code."""
+    if (n_lines := data.count(b"\n")) > MAX_RANKS:
+        raise TokenizerError(f"{path}: {n_lines} lines, at most {MAX_RANKS} are sane")
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines()):
         token, _, rank = line.partition(b" ")
@@ -172,15 +174,13 @@ def read_tiktoken(path: Path, data: bytes) -> BpeTokenizer:
 
 
 def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
-    """Raise TokenizerError unless every byte is a token and the number of ranks is sane."""
+    """Raise TokenizerError unless every single byte is a token."""
     n_bytes = sum(bytes((value,)) in ranks for value in range(256))
     if n_bytes < 256:
         raise TokenizerError(
             f"{path}: only {n_bytes} of the 256 single bytes are among its {len(ranks)} tokens; "
             "the file is incomplete, copy it again"
         )
-    if len(ranks) > MAX_RANKS:
-        raise TokenizerError(f"{path}: {len(ranks)} tokens, at most {MAX_RANKS} are sane")
 
 
 def _damaged(path: Path, number: int, found: str) -> TokenizerError:

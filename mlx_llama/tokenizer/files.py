@@ -13,7 +13,7 @@ from mlx_llama.errors import TokenizerError
 from mlx_llama.tokenizer.base import Tokenizer
 
 NAMES = ("tokenizer.model", "tokenizer.json")
-MAX_NBYTES = 256 << 20
+MAX_NBYTES = 64 << 20  # of them Llama 3's tokenizer.json takes 17 at most
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n")
 _WANTED = "expected a SentencePiece or tiktoken tokenizer.model, or a tokenizer.json"
 

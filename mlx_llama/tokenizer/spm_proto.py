@@ -64,6 +64,8 @@ def parse_model(data: bytes) -> SpmModel:
         if not isinstance(value, bytes):
             raise ValueError(f"field {number} is not a message")
         if number == 1:
+            if len(pieces) == MAX_PIECES:
+                raise ValueError(f"it holds more than {MAX_PIECES} pieces")
             pieces.append(_parse_piece(value, len(pieces)))
         elif number == 2:
             trainer = dict(_fields(value))
@@ -71,8 +73,8 @@ def parse_model(data: bytes) -> SpmModel:
             normalizer = dict(_fields(value))
     if not trainer:
         raise ValueError("it ends before the settings that follow its pieces")
-    if not pieces or len(pieces) > MAX_PIECES:
-        raise ValueError(f"it holds {len(pieces)} pieces")
+    if not pieces:
+        raise ValueError("it holds no pieces")
     if len({piece.text for piece in pieces}) < len(pieces):
         raise ValueError("a piece occurs twice")
     return SpmModel(

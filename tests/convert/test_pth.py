@@ -18,10 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlx_llama.dtypes import DTYPES
 from mlx_llama.errors import CheckpointError
-from mlx_llama_convert.dtypes import DTYPES
+from mlx_llama.tensor_ref import TensorRef
 from mlx_llama_convert.pth import open_pth
-from mlx_llama_convert.tensor_ref import TensorRef
 from pth_writer import (
     ORDERED_DICT,
     REBUILD,
@@ -491,6 +491,25 @@ BAD_PICKLES = {
     "persistent id too short": dict_pickle({"w": b"(" + text("storage") + b"tQ"}),
     "text persistent id": dict_pickle({"w": b"P0\n"}),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("stack bomb", "the stack grows"),
+        ("mark bomb", "the stack grows"),
+        ("huge integer", "integer of 255 bytes"),
+        ("storage negative", "a storage is not described"),
+        ("offset is a bool", "a tensor's offset"),
+        ("offset beyond", "ends at byte 52 of a storage of 48 bytes"),
+        ("zero stride", "expected contiguous rows"),
+        ("storage elsewhere", "storage '../data.pkl', not there"),
+    ],
+)
+def test_malformed_pickle_is_refused_for_the_right_reason(
+    tmp_path: Path, case: str, expected: str
+) -> None:
+    assert expected in refused(write_raw(tmp_path / "a.pth", BAD_PICKLES[case]))
 
 
 @pytest.mark.parametrize("case", BAD_PICKLES)

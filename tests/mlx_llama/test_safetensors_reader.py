@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlx_llama.dtypes import DTYPES
 from mlx_llama.errors import CheckpointError
-from mlx_llama_convert.dtypes import DTYPES
-from mlx_llama_convert.safetensors_reader import open_safetensors
+from mlx_llama.safetensors_reader import open_safetensors
 
 DATA = bytes(range(16))
 SOUND = {

@@ -1,1 +1,0 @@
-from mlx_llama.safetensors_reader import MAX_HEADER_NBYTES,MAX_NAME_LENGTH,_DTYPE_LIST,_LENGTH_NBYTES,_check_metadata,_check_tiling,_dtype,_entry,_naturals,_read_header,_shape,_shown,open_safetensors # moved to mlx_llama
