@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import mlx.core as mx
 
@@ -21,6 +22,8 @@ from mlx_llama.sampling import Sampler
 from mlx_llama.tokenizer import Detokenizer
 
 RESERVE_AHEAD = 512  # tokens of an open-ended answer that get their room at once
+
+LAST = slice(-1, None)
 
 OnPrefill = Callable[[int, int], None]
 
@@ -193,7 +196,7 @@ def generate(model: LlamaModel, cache: Cache, request: Request) -> Iterator[Step
         if n_answer < budget:
             # Queued before the current token is read: the device never waits for Python.
             following = _Draw.of(model(draw.token[None], cache, positions=LAST)[0, 0], request)
-        token_id = int(draw.token.item())
+        token_id = draw.read()
         clock.count()
         text, reason = output.add(token_id)
         if reason is None and following is None:
@@ -205,32 +208,28 @@ def generate(model: LlamaModel, cache: Cache, request: Request) -> Iterator[Step
         draw = following
 
 
-LAST = slice(-1, None)
-
-
 def prefill(model: LlamaModel, cache: Cache, request: Request) -> mx.array | None:
     """Compute the prompt's uncached tokens slice by slice; return the last one's logits (V,).
 
     Returns None when cancelled; the cache then holds whole slices. Evaluates all but the logits.
     """
     ids = request.ids
-    while True:
+    hidden: mx.array | None = None
+    while cache.offset < len(ids):
         if request.is_cancelled:
             return None
         start = cache.offset
         chunk = mx.array(list(ids[start : start + ops.prefill_chunk()]), dtype=mx.uint32)[None]
-        is_last = start + chunk.size == len(ids)
-        if is_last:
-            logits = model(chunk, cache, positions=LAST)[0, 0]
-            mx.eval(logits)
-        else:
-            # Only keys and values are evaluated: the output matrix is not multiplied.
-            model.hidden(chunk, cache)
-            mx.eval(cache.arrays)
+        hidden = model.hidden(chunk, cache)
+        # Only keys and values: what follows them in the last layer is needed at the end alone.
+        mx.eval(cache.arrays)
         if request.on_prefill is not None:
             request.on_prefill(cache.offset, len(ids))
-        if is_last:
-            return logits
+    if hidden is None:
+        raise ValueError(
+            "the cache already holds the whole prompt; its last token must be computed"
+        )
+    return model.logits(hidden[0, -1])
 
 
 @dataclass(slots=True)
@@ -249,14 +248,18 @@ class _Draw:
         mx.async_eval(token, *([] if scores is None else [scores]))
         return cls(token, scores, top)
 
+    def read(self) -> int:
+        """Wait for the token."""
+        return cast(int, self.token.item())
+
     def logprobs(self, token_id: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
         """Return the token's own and the likeliest tokens' log-probabilities, best first."""
         if self.log_probabilities is None:
             return None, ()
         scores = self.log_probabilities
         best = mx.argsort(-scores)[: self.top]
-        pairs = zip(best.tolist(), scores[best].tolist(), strict=True)
-        return float(scores[token_id].item()), tuple(pairs)  # pyright: ignore
+        ids, values = cast(list[int], best.tolist()), cast(list[float], scores[best].tolist())
+        return cast(float, scores[token_id].item()), tuple(zip(ids, values, strict=True))
 
 
 class _Output:

@@ -219,8 +219,9 @@ def _sampling_defaults(path: Path) -> SamplingDefaults:
 
     def number(name: str, low: float, high: float) -> float | None:
         value = raw.get(name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return value if is_number and low <= value <= high else None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        return value if low <= value <= high else None
 
     top_k = number("top_k", 0, 1 << 21)
     return SamplingDefaults(

@@ -78,6 +78,11 @@ class TensorRef:
             )
 
 
+def byte_view(array: mx.array) -> memoryview:
+    """Show an evaluated array's own memory as bytes; it must not be bfloat16."""
+    return memoryview(array).cast("B")  # pyright: ignore[reportArgumentType] - its stub lacks it
+
+
 class RowBuffer:
     """Fresh memory of an array, filled through `view` and then handed out once by `array()`.
 
@@ -91,7 +96,7 @@ class RowBuffer:
         self._carrier = mx.zeros((math.prod(shape),), dtype=self._dtype.carrier)
         mx.eval(self._carrier)  # gives it the memory that `view` shows
         # A memoryview of no elements cannot be cast.
-        self.view = memoryview(self._carrier).cast("B") if self._carrier.size else memoryview(b"")
+        self.view = byte_view(self._carrier) if self._carrier.size else memoryview(b"")
 
     def array(self) -> mx.array:
         """Return the filled memory as an evaluated array of the tensor's dtype and shape."""

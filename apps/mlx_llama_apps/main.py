@@ -19,6 +19,10 @@ from mlx_llama.errors import MlxLlamaError, OptionError
 from mlx_llama_apps import chat, convert, run, show
 
 EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 1, 2, 130
+WHAT_TO_GIVE = {
+    "MODEL": "a model directory, such as mlx-llama convert makes of a checkpoint",
+    "SOURCE": "the folder of a checkpoint, Meta's files or Hugging Face's",
+}
 OPTION = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 
 app = App(
@@ -92,8 +96,8 @@ def _missing(error: CycloptsError) -> str | None:
     """Say what a missing MODEL or SOURCE is, not only that it is missing."""
     if not isinstance(error, MissingArgumentError) or error.argument is None:
         return None
-    name, about = error.argument.name, error.argument.parameter.help
-    return f"{name} is missing: {about}" if name in ("MODEL", "SOURCE") and about else None
+    name = error.argument.name
+    return f"{name} is missing: give {WHAT_TO_GIVE[name]}" if name in WHAT_TO_GIVE else None
 
 
 def _unknown_option(command: str | None, tokens: list[str]) -> str | None:

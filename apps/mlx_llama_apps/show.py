@@ -123,8 +123,6 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("runs on", f"{facts['backend']}, {facts['dtype']}"),
     ]
     for file in facts["source_files"]:
-        digest = str(file.get("sha256", ""))[:16]
-        rows.append(
-            ("made of", f"{file.get('name')}, {size(file.get('bytes', 0))}, sha256 {digest}…")
-        )
+        digest = f"sha256 {str(file.get('sha256', ''))[:16]}…"
+        rows.append(("made of", f"{file.get('name')}, {size(file.get('bytes', 0))}, {digest}"))
     return rows

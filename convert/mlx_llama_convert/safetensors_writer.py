@@ -22,6 +22,7 @@ from typing import Any, Self, TypeAlias
 import mlx.core as mx
 
 from mlx_llama.dtypes import DTYPES
+from mlx_llama.tensor_ref import byte_view
 
 # name, dtype (a key of DTYPES, as `TensorRef.dtype`), shape
 Entry: TypeAlias = tuple[str, str, tuple[int, ...]]
@@ -153,7 +154,7 @@ class SafetensorsWriter:
         mx.eval(plain)
         if plain.size:
             row_nbytes = plain.nbytes // plain.shape[0]
-            self._write_at(place.offset + place.rows_done * row_nbytes, memoryview(plain).cast("B"))
+            self._write_at(place.offset + place.rows_done * row_nbytes, byte_view(plain))
         place.rows_done += plain.shape[0]
 
     def _expect(self, name: str, array: mx.array) -> _Place:
