@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError, MissingArgumentError
+from cyclopts import App, CycloptsError, MissingArgumentError, UnusedCliTokensError
 
 import mlx_llama
 from mlx_llama.errors import MlxLlamaError, OptionError
@@ -23,7 +23,7 @@ WHAT_TO_GIVE = {
     "MODEL": "a model directory, such as mlx-llama convert makes of a checkpoint",
     "SOURCE": "the folder of a checkpoint, Meta's files or Hugging Face's",
 }
-OPTION = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
+LONG_OPTION = re.compile(r"--[A-Za-z][\w-]*")
 
 app = App(
     name="mlx-llama",
@@ -31,22 +31,23 @@ app = App(
     version=mlx_llama.__version__,
     help_epilogue="Each command has its own --help. --debug shows a traceback with an error.",
 )
-app.command(convert.convert)
-app.command(show.show)
-app.command(run.run)
-app.command(chat.chat)
+COMMANDS = {"convert": convert.convert, "show": show.show, "run": run.run, "chat": chat.chat}
+for _function in COMMANDS.values():
+    app.command(_function)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every error is one line on stderr."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     tokens, is_debugged = _without_debug(tokens)
+    command = tokens[0] if tokens and tokens[0] in COMMANDS else None
     try:
+        _refuse_mistyped_option(command, tokens)
         app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
         return 0
     except CycloptsError as error:
-        return _fail(_usage_line(error, tokens), EXIT_USAGE, is_debugged)
+        return _fail(_usage_line(error, command), EXIT_USAGE, is_debugged)
     except OptionError as error:
         return _fail(str(error), EXIT_USAGE, is_debugged)
     except MlxLlamaError as error:
@@ -80,16 +81,10 @@ def _without_debug(tokens: list[str]) -> tuple[list[str], bool]:
     return kept + tokens[end:], len(kept) != end
 
 
-def _usage_line(error: CycloptsError, tokens: list[str]) -> str:
+def _usage_line(error: CycloptsError, command: str | None) -> str:
     """Say what is wrong with the command line and where to look."""
-    command = tokens[0] if tokens and tokens[0] in app else None
     where = f"mlx-llama {command} --help" if command else "mlx-llama --help"
-    return f"{_unknown_option(command, tokens) or _missing(error) or _plain(error)}; see {where}"
-
-
-def _plain(error: CycloptsError) -> str:
-    text = str(error).rstrip(". ")
-    return text[:1].lower() + text[1:]
+    return f"{_missing(error) or _too_many(error) or str(error).rstrip('. ')}; see {where}"
 
 
 def _missing(error: CycloptsError) -> str | None:
@@ -100,17 +95,33 @@ def _missing(error: CycloptsError) -> str | None:
     return f"{name} is missing: give {WHAT_TO_GIVE[name]}" if name in WHAT_TO_GIVE else None
 
 
-def _unknown_option(command: str | None, tokens: list[str]) -> str | None:
-    """Find a mistyped option, which a PROMPT that may begin with a hyphen would swallow."""
-    if command is None:
+def _too_many(error: CycloptsError) -> str | None:
+    if not isinstance(error, UnusedCliTokensError):
         return None
-    known = [
-        name for argument in app[command].assemble_argument_collection() for name in argument.names
-    ]
-    end = tokens.index("--") if "--" in tokens else len(tokens)
-    for token in tokens[1:end]:
+    rest = " ".join(error.unused_tokens or ())
+    return f"too many arguments: {rest!r}; a prompt of several words goes into quotes"
+
+
+def _refuse_mistyped_option(command: str | None, tokens: list[str]) -> None:
+    """Refuse what is nearly an option: a PROMPT, which may begin with hyphens, would swallow it."""
+    if command is None:
+        return
+    arguments = app[command].assemble_argument_collection()
+    known = {name: a.hint is not bool for a in arguments for name in a.names if name[:1] == "-"}
+    known |= {"--help": False, "-h": False}
+    takes_next = False
+    for token in tokens[1:]:
         name = token.partition("=")[0]
-        if OPTION.fullmatch(token) and name not in [*known, "--help", "-h"]:
-            near = difflib.get_close_matches(name, known, n=1)
-            return f"unknown option {name}" + (f", did you mean {near[0]}" if near else "")
-    return None
+        if takes_next:
+            takes_next = False
+        elif token == "--":
+            return
+        elif name in known:
+            takes_next = known[name] and "=" not in token
+        elif LONG_OPTION.fullmatch(name) and (
+            near := difflib.get_close_matches(name, known, 1, 0.8)
+        ):
+            raise OptionError(
+                f"unknown option {name}, did you mean {near[0]}; see mlx-llama {command} --help "
+                "(a prompt like this goes behind --)"
+            )

@@ -155,6 +155,15 @@ def test_tensor_of_another_file_is_refused(tmp_path: Path) -> None:
         writer.write("w", mx.zeros((3, 2)))
 
 
+def test_scalar_written_twice_is_refused(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="shape"),
+        SafetensorsWriter(tmp_path / "a", [("s", "float32", ())]) as writer,
+    ):
+        writer.write("s", mx.array(1.0))
+        writer.write("s", mx.array(2.0))
+
+
 def test_closing_early_is_an_error(tmp_path: Path) -> None:
     for rows in (0, 2):
         with (
