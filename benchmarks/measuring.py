@@ -1,0 +1,77 @@
+"""Runs child processes and measures them; turns repetitions into a table.
+
+Imports nothing large: on Linux a child's peak memory is at least that of its parent when it was
+started, so a benchmark that measures memory must stay small itself.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One finished child process; peak_bytes is its largest resident set."""
+
+    elapsed_s: float
+    cpu_s: float
+    peak_bytes: int
+    output: str
+
+
+def run(command: Sequence[str]) -> Run:
+    """Run a command to its end; SystemExit with its complaint when it fails."""
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        started = perf_counter()
+        child = subprocess.Popen(command, stdout=output, stderr=errors)
+        _, status, usage = os.wait4(child.pid, 0)
+        elapsed_s = perf_counter() - started
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            errors.seek(0)
+            raise SystemExit(f"{' '.join(command)}: exit code {child.returncode}\n{errors.read()}")
+        output.seek(0)
+        cpu_s = usage.ru_utime + usage.ru_stime
+        return Run(elapsed_s, cpu_s, usage.ru_maxrss * RSS_UNIT, output.read())
+
+
+def interleave(n_rounds: int, cases: Mapping[str, Callable[[], Run]]) -> dict[str, list[Run]]:
+    """Run every case once a round, so that a slow spell of the machine meets all of them."""
+    runs: dict[str, list[Run]] = {name: [] for name in cases}
+    for number in range(n_rounds):
+        for name, case in cases.items():
+            print(f"\rround {number + 1} of {n_rounds}: {name:<40}", end="", file=sys.stderr)
+            runs[name].append(case())
+    print("\r" + " " * 60, end="\r", file=sys.stderr)
+    return runs
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Show repetitions as `median (least-most)`."""
+    low, middle, high = (f"{x:.{digits}f}" for x in (min(values), median(values), max(values)))
+    return f"{middle} ({low}-{high})"
+
+
+def ratio(values: Sequence[float], base: Sequence[float]) -> str:
+    """Show how many times base the values are: the median over rounds of each round's ratio."""
+    return f"{median(a / b for a, b in zip(values, base, strict=True)):.2f}x"
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a Markdown table."""
+    cells = [header, *rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        " | ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) for row in cells
+    ]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    print("\n".join(f"| {line} |" for line in lines))

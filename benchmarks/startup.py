@@ -1,0 +1,58 @@
+"""Measures how long the command and the imports take to start: median wall time of fresh processes.
+
+    python benchmarks/startup.py [--peer-python PATH] [--rounds 15]
+
+Targets: --help under 0.25 s, `import mlx_llama` under 0.2 s. PATH is the interpreter of an
+environment that has mlx-lm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+from measuring import interleave, print_table, ratio, run, spread
+
+ROUNDS = 15
+BARE = "python -c pass"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--peer-python", metavar="PATH")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    given = parser.parse_args()
+    command = str(Path(sys.executable).with_name("mlx-llama"))
+    commands = {
+        BARE: [sys.executable, "-c", "pass"],
+        "mlx-llama --help": [command, "--help"],
+        "mlx-llama run --help": [command, "run", "--help"],
+        "import mlx_llama": [sys.executable, "-c", "import mlx_llama"],
+        "mlx_llama.load": [sys.executable, "-c", "from mlx_llama import load"],
+    }
+    if given.peer_python:
+        commands["import mlx_lm"] = [given.peer_python, "-c", "import mlx_lm"]
+        commands["mlx_lm --help"] = [given.peer_python, "-m", "mlx_lm", "--help"]
+    for argv in commands.values():
+        run(argv)  # once before the clock: compiled modules, disk cache
+    runs = interleave(given.rounds, {name: partial(run, argv) for name, argv in commands.items()})
+    base = [r.elapsed_s for r in runs[BARE]]
+    print_table(
+        ["what", "wall s", "CPU s", "peak MB", "against bare Python"],
+        [
+            [
+                name,
+                spread([r.elapsed_s for r in results], 3),
+                spread([r.cpu_s for r in results], 3),
+                spread([r.peak_bytes / 1e6 for r in results], 0),
+                ratio([r.elapsed_s for r in results], base),
+            ]
+            for name, results in runs.items()
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_llama.errors import OutputError
+from mlx_llama_convert import output
+from mlx_llama_convert.output import MARK, REPLACED, new_directory
+
+
+def write(target: Path, text: str, *, force: bool = False) -> None:
+    with new_directory(target, force=force, needed_bytes=1) as folder:
+        (folder / "config.json").write_text(text)
+
+
+def test_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    with new_directory(target, force=False, needed_bytes=1) as folder:
+        assert folder == target.with_name("out.partial")
+        (folder / "config.json").write_text("{}")
+        assert not target.exists()
+    assert [p.name for p in target.iterdir()] == ["config.json"]
+    assert [p.name for p in target.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("x"), SystemExit(3)])
+def test_nothing_is_left_after_an_exception(tmp_path: Path, error: BaseException) -> None:
+    with (
+        pytest.raises(type(error)),
+        new_directory(tmp_path / "out", force=False, needed_bytes=1) as folder,
+    ):
+        (folder / "a").write_text("half")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
+    with (
+        pytest.raises(OutputError, match="No space left"),
+        new_directory(tmp_path / "out", force=False, needed_bytes=1) as folder,
+    ):
+        (folder / "a").write_text("half")
+        raise full
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_is_told_before_work(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match=r"GB free, 1000000000\.00 GB needed"),
+        new_directory(tmp_path / "out", force=False, needed_bytes=10**18),
+    ):
+        pytest.fail("the block must not run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_target_is_refused_and_forced(tmp_path: Path) -> None:
+    write(tmp_path / "out", "old")
+    with pytest.raises(OutputError, match="exists"):
+        write(tmp_path / "out", "new")
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    write(tmp_path / "out", "new", force=True)
+    assert (tmp_path / "out" / "config.json").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+def test_force_does_not_replace_what_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="no model directory"):
+        write(tmp_path / "out", "new", force=True)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="no model directory"):
+        write(tmp_path / "file", "new", force=True)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_failure_with_force_keeps_the_old_output(tmp_path: Path) -> None:
+    write(tmp_path / "out", "old")
+    with (
+        pytest.raises(RuntimeError),
+        new_directory(tmp_path / "out", force=True, needed_bytes=1),
+    ):
+        raise RuntimeError
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+
+
+def test_remains_of_a_killed_run_are_replaced(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from mlx_llama_convert.output import new_directory\n"
+        "with new_directory(Path(sys.argv[1]), force=False, needed_bytes=1) as folder:\n"
+        "    (folder / 'half').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    paths = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": paths},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
+    write(tmp_path / "out", "whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+def test_kill_between_the_renames_loses_neither_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "out", "old")
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / MARK).touch()
+    (tmp_path / "out").rename(partial / REPLACED)
+    monkeypatch.setattr(output, "_publish", lambda *_: pytest.fail("stopped before the end"))
+    with pytest.raises(pytest.fail.Exception):
+        write(tmp_path / "out", "new", force=True)
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+
+
+def test_foreign_partial_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("mine")
+    with pytest.raises(OutputError, match="not ours"):
+        write(tmp_path / "out", "new")
+    assert (tmp_path / "out.partial" / "mine").read_text() == "mine"
+
+
+def test_second_writer_is_refused_while_the_first_works(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "out", force=False, needed_bytes=1) as folder:
+        (folder / "config.json").write_text("first")
+        with pytest.raises(OutputError, match="another conversion"):
+            write(tmp_path / "out", "second")
+    assert (tmp_path / "out" / "config.json").read_text() == "first"
+
+
+def test_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        write(tmp_path / "file" / "out", "x")

@@ -1,0 +1,61 @@
+"""The packages depend on one another in one direction, and heavy imports stay where they belong."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {
+    "mlx_llama": ROOT / "mlx_llama",
+    "mlx_llama_quantize": ROOT / "quantize" / "mlx_llama_quantize",
+    "mlx_llama_convert": ROOT / "convert" / "mlx_llama_convert",
+    "mlx_llama_apps": ROOT / "apps" / "mlx_llama_apps",
+}
+ORDER = list(PACKAGES)
+ONLY_IN_APPS = {"rich", "prompt_toolkit", "cyclopts", "platformdirs"}
+NEVER = {"torch", "transformers", "pickle", "tokenizers", "jinja2", "mlx_lm"}
+
+
+def imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_packages_import_only_what_is_below_them(package: str) -> None:
+    above = set(ORDER[ORDER.index(package) + 1 :])
+    for file in PACKAGES[package].rglob("*.py"):
+        for name in imports(file):
+            top = name.partition(".")[0]
+            assert top not in above, f"{file} imports {name}"
+            assert top not in NEVER, f"{file} imports {name}"
+            if package != "mlx_llama_apps":
+                assert top not in ONLY_IN_APPS, f"{file} imports {name}"
+
+
+@pytest.mark.parametrize("package", ORDER[:-1])
+def test_library_code_does_not_print_exit_or_read_the_environment(package: str) -> None:
+    for file in PACKAGES[package].rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("print", "exit", "input"), f"{file}:{node.lineno}"
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in ("environ", "getenv"), f"{file}:{node.lineno}"
+
+
+def test_only_ops_asks_which_device_runs() -> None:
+    asking = {"default_device", "is_available", "metal", "cuda"}
+    for file in PACKAGES["mlx_llama"].rglob("*.py"):
+        if file.name == "ops.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in asking, f"{file}:{node.lineno}"
