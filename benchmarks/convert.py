@@ -3,9 +3,9 @@
     python benchmarks/convert.py FOLDER --work DIR [--meta FOLDER] [--peer-python PATH]
 
 FOLDER is a checkpoint in Hugging Face's layout, --meta the same weights in Meta's, both as
-`random_checkpoint.py` makes them. DIR takes the outputs, which are removed again. Also measured: one
-quantizing thread against two, in the whole conversion and alone, with nothing written or hashed.
-Last, the outputs are compared tensor by tensor.
+`random_checkpoint.py` makes them. DIR takes the outputs, which are removed again. Also measured:
+one quantizing thread against two, in the whole conversion and alone, with nothing written or
+hashed. Last, the outputs are compared tensor by tensor.
 
 Targets: no slower than mlx-lm and at most 1.0 GB for Llama 3.2 1B; two threads quantize at twice
 the rate of one. PATH is the interpreter of an environment that has mlx-lm.

@@ -49,9 +49,11 @@ def interleave(n_rounds: int, cases: Mapping[str, Callable[[], Run]]) -> dict[st
     runs: dict[str, list[Run]] = {name: [] for name in cases}
     for number in range(n_rounds):
         for name, case in cases.items():
-            print(f"\rround {number + 1} of {n_rounds}: {name:<40}", end="", file=sys.stderr)
+            if sys.stderr.isatty():
+                print(f"\rround {number + 1} of {n_rounds}: {name:<40}", end="", file=sys.stderr)
             runs[name].append(case())
-    print("\r" + " " * 60, end="\r", file=sys.stderr)
+    if sys.stderr.isatty():
+        print("\r" + " " * 60, end="\r", file=sys.stderr)
     return runs
 
 

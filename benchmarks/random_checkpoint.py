@@ -22,7 +22,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from pth_writer import write_pth
+from torch_zip import write_pth
 
 from mlx_llama.config import ModelConfig, RopeScaling, config_to_hf
 from mlx_llama.kinds import kind_named

@@ -30,7 +30,7 @@ def main() -> None:
         "mlx-llama --help": [command, "--help"],
         "mlx-llama run --help": [command, "run", "--help"],
         "import mlx_llama": [sys.executable, "-c", "import mlx_llama"],
-        "mlx_llama.load": [sys.executable, "-c", "from mlx_llama import load"],
+        "from mlx_llama import load": [sys.executable, "-c", "from mlx_llama import load"],
     }
     if given.peer_python:
         commands["import mlx_lm"] = [given.peer_python, "-c", "import mlx_lm"]

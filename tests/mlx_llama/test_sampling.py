@@ -1,0 +1,127 @@
+"""Sampling against a plain numpy oracle of the documented order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_llama.errors import OptionError
+from mlx_llama.options import GenerationOptions
+from mlx_llama.sampling import Sampler, SamplingDefaults, bias_by_token, keep_likeliest
+from mlx_llama.tokenizer import open_tokenizer
+from tiny_tokenizers import write_spm, write_tiktoken
+
+VOCAB = 12
+
+
+def sampler(
+    prompt: list[int] | None = None, bias: dict[int, float] | None = None, **options: Any
+) -> Sampler:
+    filled = SamplingDefaults().fill(GenerationOptions(**{"seed": 0, **options}))
+    return Sampler(filled, vocab_size=VOCAB, prompt=prompt or [], bias=bias or {})
+
+
+def draw(made: Sampler, logits: list[float]) -> int:
+    return cast(int, made(mx.array(logits)).item())
+
+
+def kept_by_oracle(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> set[int]:
+    """Apply the filters one by one over sorted probabilities, in float64."""
+
+    def softmax(values: np.ndarray) -> np.ndarray:
+        powers = np.exp(values - values.max())
+        return powers / powers.sum()
+
+    logits = logits.astype(np.float64)
+    if 0 < top_k < len(logits):
+        least = np.sort(logits)[-top_k]
+        logits = np.where(logits >= least, logits, -np.inf)
+    if top_p < 1:
+        p = softmax(logits)
+        order = np.argsort(-p)
+        before = np.cumsum(p[order]) - p[order]
+        least = p[order][before <= top_p].min()
+        logits = np.where(p >= least, logits, -np.inf)
+    if min_p > 0:
+        p = softmax(logits)
+        logits = np.where(p >= min_p * p.max(), logits, -np.inf)
+    return set(np.flatnonzero(np.isfinite(logits)).tolist())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    logits=st.permutations(range(VOCAB)),
+    scale=st.floats(0.05, 1.5),
+    top_k=st.integers(0, VOCAB + 2),
+    top_p=st.sampled_from([0.0, 0.13, 0.5, 0.77, 0.91, 1.0]),
+    min_p=st.sampled_from([0.0, 0.03, 0.31, 1.0]),
+)
+def test_filters_keep_what_the_oracle_keeps(
+    logits: list[int], scale: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    values = np.array(logits, dtype=np.float32) * np.float32(scale)
+    kept = keep_likeliest(mx.array(values), top_k=top_k, top_p=top_p, min_p=min_p)
+    found = set(np.flatnonzero(np.isfinite(np.array(kept))).tolist())
+    assert found == kept_by_oracle(values, top_k, top_p, min_p)
+    assert int(np.argmax(values)) in found
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    assert draw(sampler(temperature=0), [0.0, 3.0, 1.0] + [0.0] * 9) == 1
+
+
+def test_frequencies_follow_the_probabilities() -> None:
+    """4000 draws at temperature 1 from (0.6, 0.3, 0.1): each within 4 standard deviations."""
+    made = sampler(temperature=1.0, top_p=1.0)
+    logits = [float(np.log(p)) for p in (0.6, 0.3, 0.1)] + [-1e9] * 9
+    counts = Counter(draw(made, logits) for _ in range(4000))
+    for token, p in enumerate((0.6, 0.3, 0.1)):
+        assert abs(counts[token] - 4000 * p) < 4 * np.sqrt(4000 * p * (1 - p))
+
+
+def test_seed_makes_draws_repeatable() -> None:
+    logits = [0.1 * i for i in range(VOCAB)]
+    runs = [[draw(made, logits) for _ in range(20)] for made in (sampler(seed=5), sampler(seed=5))]
+    other = sampler(seed=6)
+    assert runs[0] == runs[1]
+    assert runs[0] != [draw(other, logits) for _ in range(20)]
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_scores() -> None:
+    logits = [2.0, 1.5, -1.0, -1.5] + [-9.0] * 8
+    assert draw(sampler(prompt=[0], temperature=0, repetition_penalty=2.0), logits) == 1
+    only_negative = [-9.0, -9.0, -1.0, -1.5] + [-9.0] * 8
+    assert draw(sampler(prompt=[2], temperature=0, repetition_penalty=2.0), only_negative) == 3
+
+
+def test_presence_and_frequency_count_the_answer_alone() -> None:
+    logits = [2.0, 1.0] + [-9.0] * 10
+    presence = sampler(prompt=[0], temperature=0, presence_penalty=1.5)
+    assert [draw(presence, logits) for _ in range(3)] == [0, 1, 0]
+    frequency = sampler(prompt=[0], temperature=0, frequency_penalty=0.6)
+    assert [draw(frequency, logits) for _ in range(4)] == [0, 0, 1, 0]
+
+
+def test_bias_comes_before_temperature_and_can_ban() -> None:
+    logits = [2.0, 1.0] + [-9.0] * 10
+    assert draw(sampler(bias={1: 5.0}, temperature=0), logits) == 1
+    assert draw(sampler(bias={0: -np.inf}, temperature=0), logits) == 1
+
+
+def test_bias_by_text_finds_the_token_with_and_without_a_space(tmp_path: Path) -> None:
+    spm = open_tokenizer(write_spm(tmp_path / "tokenizer.model"))
+    found = bias_by_token({"hello": 2.0}, spm)
+    assert {spm.token_bytes(token) for token in found} == {b"hello", b" hello"}
+    assert set(found.values()) == {2.0}
+    bpe = open_tokenizer(write_tiktoken(tmp_path / "bpe.model"))
+    assert {bpe.token_bytes(t) for t in bias_by_token({"world": 1.0}, bpe)} == {b" world"}
+    assert list(bias_by_token({"<|eot_id|>": 1.0}, bpe)) == [bpe.special_tokens["<|eot_id|>"]]
+    with pytest.raises(OptionError, match="'hellohello' is no single token"):
+        bias_by_token({"hellohello": 1.0}, spm)
