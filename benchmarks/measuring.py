@@ -1,5 +1,8 @@
 """Runs child processes and measures them; turns repetitions into a table.
 
+Where the system tells (Linux), waits for a quiet moment before each run and reports how much of the
+processors other programs took during the runs.
+
 Imports nothing large: on Linux a child's peak memory is at least that of its parent when it was
 started, so a benchmark that measures memory must stay small itself.
 """
@@ -13,24 +16,32 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from time import perf_counter
+from pathlib import Path
+from time import perf_counter, sleep
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+PROCESSORS = Path("/proc/stat")
+QUIET_PROCESSORS, QUIET_WAIT_S = 0.1, 30  # others may take so much; wait no longer than that
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One finished child process; peak_bytes is its largest resident set."""
+    """One finished child process.
+
+    peak_bytes: its largest resident set. others: processors that other programs took meanwhile.
+    """
 
     elapsed_s: float
     cpu_s: float
     peak_bytes: int
+    others: float
     output: str
 
 
 def run(command: Sequence[str]) -> Run:
     """Run a command to its end; SystemExit with its complaint when it fails."""
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        busy_s = all_busy_s()
         started = perf_counter()
         child = subprocess.Popen(command, stdout=output, stderr=errors)
         _, status, usage = os.wait4(child.pid, 0)
@@ -41,7 +52,25 @@ def run(command: Sequence[str]) -> Run:
             raise SystemExit(f"{' '.join(command)}: exit code {child.returncode}\n{errors.read()}")
         output.seek(0)
         cpu_s = usage.ru_utime + usage.ru_stime
-        return Run(elapsed_s, cpu_s, usage.ru_maxrss * RSS_UNIT, output.read())
+        others = max(0.0, all_busy_s() - busy_s - cpu_s) / elapsed_s
+        return Run(elapsed_s, cpu_s, usage.ru_maxrss * RSS_UNIT, others, output.read())
+
+
+def all_busy_s() -> float:
+    """Return the seconds that all processors together have worked; 0 where nobody tells."""
+    if not PROCESSORS.exists():
+        return 0.0
+    user, nice, system, _idle, _wait, *others = PROCESSORS.read_text().split()[1:9]
+    return sum(map(int, (user, nice, system, *others))) / os.sysconf("SC_CLK_TCK")
+
+
+def await_quiet() -> None:
+    """Wait for a second in which other programs hardly work."""
+    for _ in range(QUIET_WAIT_S if PROCESSORS.exists() else 0):
+        busy_s = all_busy_s()
+        sleep(1)
+        if all_busy_s() - busy_s < QUIET_PROCESSORS:
+            return
 
 
 def interleave(n_rounds: int, cases: Mapping[str, Callable[[], Run]]) -> dict[str, list[Run]]:
@@ -51,9 +80,12 @@ def interleave(n_rounds: int, cases: Mapping[str, Callable[[], Run]]) -> dict[st
         for name, case in cases.items():
             if sys.stderr.isatty():
                 print(f"\rround {number + 1} of {n_rounds}: {name:<40}", end="", file=sys.stderr)
+            await_quiet()
             runs[name].append(case())
     if sys.stderr.isatty():
         print("\r" + " " * 60, end="\r", file=sys.stderr)
+    others = [run.others for results in runs.values() for run in results]
+    print(f"\nprocessors taken by other programs: {spread(others)} of {os.cpu_count()}\n")
     return runs
 
 

@@ -129,8 +129,10 @@ def base_kind(*, is_tiktoken: bool, is_rope_scaled: bool, is_tied: bool, norm_ep
 def kind_of_name(name: str) -> str | None:
     """Read the kind from a folder's or repository's name: `Llama-3.2-1B-Instruct`."""
     text = name.lower().replace("_", "-")
-    if match := re.search(r"guard-?v?([123])?(?=$|[^\d.])", text):
-        return f"llama-guard-{match[1] or 1}" if "llama" in text or match[1] else None
+    # Prompt Guard is no Llama, and Llama Guard 4 a Llama 4.
+    if match := re.search(r"(?<!prompt-)guard-?v?(\d)?(?=$|[^\d.b])", text):
+        guard = f"llama-guard-{match[1] or 1}"
+        return guard if guard in KINDS and ("llama" in text or match[1]) else None
     is_instruct = bool(re.search(r"instruct|chat|-it(?=$|-)", text))
     if re.search(r"code-?llama", text):
         if is_instruct:
@@ -138,7 +140,8 @@ def kind_of_name(name: str) -> str | None:
         return "codellama"
     match = re.search(r"llama-?v?([123](?:\.[123])?)(?![\d.])", text)
     if not match:
-        if re.search(r"(?:^|[^a-z])llama-?(?:7b|13b|30b|33b|65b)(?=$|[^\d])", text):
+        # LLaMA 1 came in folders that were called after its sizes alone.
+        if re.search(r"(?:^|[^a-z])llama-?(?:7b|13b|30b|33b|65b)(?=$|[^\d])|^(7|13|30|65)b$", text):
             return "llama1"
         return None
     version = match[1]

@@ -81,10 +81,10 @@ CASES: Mapping[str, Case] = {
     "wide_heads": Case(58, 4, 2, 64, 5e5, llama3_scaling(32.0, 64), dim=128, is_tied=True),
     # One head in one layer: attention over this many tokens takes seconds on a CPU.
     "llama3.1_long": Case(
-        9, 1, 1, 64, 5e5, llama3_scaling(8.0), dim=128, n_layers=1, n_tokens=8300, n_stored=16
+        49, 1, 1, 64, 5e5, llama3_scaling(8.0), dim=128, n_layers=1, n_tokens=8300, n_stored=16
     ),
     "llama3.2_long": Case(
-        10, 1, 1, 64, 5e5, llama3_scaling(32.0), dim=128, n_layers=1, is_tied=True,
+        30, 1, 1, 64, 5e5, llama3_scaling(32.0), dim=128, n_layers=1, is_tied=True,
         n_tokens=8300, n_stored=16,
     ),
 }  # fmt: skip

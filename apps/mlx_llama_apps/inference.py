@@ -11,12 +11,15 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from mlx_llama_apps.terminal import StatusLine
 
 if TYPE_CHECKING:
     from mlx_llama import Llama, Step
+
+PATIENCE_S = 0.1
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -43,23 +46,18 @@ class _Job:
 class Inference(Generic[S]):
     """Runs a state of type S (a model, a conversation) on a thread of its own.
 
-    make: builds the state on the thread; what it raises is raised by `start`.
+    A context manager. make: builds the state on the thread when the context is entered, and what
+    it raises is raised there.
     """
 
     def __init__(self, make: Callable[[], S]) -> None:
         self._make = make
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()  # None ends the thread
         self._state: S
-        self._running: _Job | None = None
         # A daemon: a slice in flight must not keep the program from ending.
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether a cancelled slice is still being computed."""
-        return self._running is not None or not self._jobs.empty()
-
-    def start(self) -> None:
+    def __enter__(self) -> Self:
         """Start the thread and wait until the state is made."""
         self._thread.start()
 
@@ -67,7 +65,25 @@ class Inference(Generic[S]):
             self._state = self._make()
             yield from ()
 
-        self._wait(self._submit(make))
+        try:
+            self._wait(self._submit(make))
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        """Ask the thread to end, and give it a moment: a slice in flight may take longer."""
+        self._jobs.put(None)
+        self._thread.join(PATIENCE_S)
 
     def call(self, function: Callable[[S], T]) -> T:
         """Run a function on the thread and return its result, after the jobs before it."""
@@ -111,15 +127,13 @@ class Inference(Generic[S]):
         return value
 
     def _work(self) -> None:
-        while True:
-            self._running = job = self._jobs.get()
+        while (job := self._jobs.get()) is not None:
             end = _End()
             try:
                 for result in job.work():
                     job.results.put(result)
             except BaseException as error:
                 end = _End(error=error)
-            self._running = None
             job.results.put(end)
 
 

@@ -5,6 +5,7 @@ Exit codes: 0, 1 error, 2 usage, 130 Ctrl-C. Imports no MLX, so that --help is q
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -29,6 +30,7 @@ app = App(
     name="mlx-llama",
     help="Meta's Llama checkpoints, quantized with MLX and run in your terminal.",
     version=mlx_llama.__version__,
+    suppress_keyboard_interrupt=False,
     help_epilogue="Each command has its own --help. --debug shows a traceback with an error.",
 )
 COMMANDS = {"convert": convert.convert, "show": show.show, "run": run.run, "chat": chat.chat}
@@ -65,7 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_main() -> None:
     """Run as the installed command."""
-    sys.exit(main())
+    code = main()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    # Not sys.exit: CPython kills daemon threads when it is torn down, and one that is inside MLX
+    # then aborts the whole process.
+    os._exit(code)
 
 
 def _fail(line: str, code: int, is_debugged: bool) -> int:

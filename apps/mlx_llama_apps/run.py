@@ -60,14 +60,13 @@ def run(
         raise OptionError("--system and --date: do nothing with --raw; leave one of them out")
     path = paths.resolve_model(model)
     text = _read_stdin() if prompt in (None, "-") else prompt
-    with StatusLine() as status:
-        inference = Inference(model_loader(path, dtype, status))
-        inference.start()
-    steps = inference.stream(_asking(text, raw, system, date, wanted, as_json))
-    if as_json:
-        print(json.dumps(_as_object(steps), ensure_ascii=False))
-    else:
-        _print_text(steps)
+    with StatusLine() as status, Inference(model_loader(path, dtype, status)) as inference:
+        status.close()
+        steps = inference.stream(_asking(text, raw, system, date, wanted, as_json))
+        if as_json:
+            print(json.dumps(_as_object(steps), ensure_ascii=False))
+        else:
+            _print_text(steps)
 
 
 def _asking(
@@ -105,10 +104,18 @@ def _print_text(steps: Iterator[Step]) -> None:
             if step.text:
                 last = step.text
                 write_text(step.text, sys.stdout)
-    finally:
-        if not last.endswith("\n"):
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+    except KeyboardInterrupt:
+        if last:
+            _end_line(last)
+        raise
+    _end_line(last)
+
+
+def _end_line(last: str) -> None:
+    """Write a newline unless what was written last ends with one."""
+    if not last.endswith("\n"):
+        sys.stdout.write("\n")
+        sys.stdout.flush()
 
 
 def _as_object(steps: Iterator[Step]) -> dict[str, Any]:

@@ -114,8 +114,8 @@ def merges_of(model: SpmModel) -> list[tuple[str, str]]:
     """Return every pair of pieces that joins to a piece, the pair that is merged first first.
 
     SentencePiece joins the neighbours whose joint piece scores highest, whatever the pair; a list
-    of pairs says the same when it holds them all. Where one piece has several pairs that could
-    overlap, the pair that stands further left in the text comes first.
+    of pairs says the same when it holds them all. The order of the pairs of one piece changes
+    nothing (tried on random vocabularies).
     """
     normal = [p for p in model.pieces if p.type in (PieceType.NORMAL, PieceType.UNUSED)]
     known = {piece.text for piece in normal}
@@ -126,15 +126,12 @@ def merges_of(model: SpmModel) -> list[tuple[str, str]]:
 
 
 def splits(text: str, known: set[str]) -> list[tuple[str, str]]:
-    """Return the ways to cut `text` into two known pieces, leftmost overlap first."""
-    found = [
+    """Return the ways to cut `text` into two known pieces."""
+    return [
         (text[:at], text[at:])
         for at in range(1, len(text))
         if text[:at] in known and text[at:] in known
     ]
-    if len(found) > 1:
-        found.sort(key=lambda pair: not text.startswith(pair[1]))
-    return found
 
 
 def _parse_piece(data: bytes, index: int) -> Piece:

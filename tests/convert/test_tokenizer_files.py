@@ -359,6 +359,16 @@ def drop_merge(root: dict[str, Any]) -> None:
     root["model"]["merges"].pop()
 
 
+def drop_merge_of(token: str) -> Change:
+    """Leave one pair out, as a list of merges that was trained does."""
+
+    def change(root: dict[str, Any]) -> None:
+        merges = root["model"]["merges"]
+        merges.remove(next(m for m in merges if m.replace(" ", "") == token))
+
+    return change
+
+
 def swap_merges(root: dict[str, Any]) -> None:
     merges = root["model"]["merges"]
     merges[0], merges[-1] = merges[-1], merges[0]
@@ -371,6 +381,11 @@ def drop_token(name: str) -> Change:
     return change
 
 
+def rename_byte_0(root: dict[str, Any]) -> None:
+    vocab = root["model"]["vocab"]
+    root["model"]["vocab"] = {"\0" if i == 0 else token: i for token, i in vocab.items()}
+
+
 SPLIT = ("pre_tokenizer", "pretokenizers", 0)
 FOREIGN: dict[str, tuple[str, Change, str]] = {
     "regex": ("tiny llama3", set_at(*SPLIT, "pattern", value={"Regex": "x"}), "not Llama 3's"),
@@ -378,7 +393,9 @@ FOREIGN: dict[str, tuple[str, Change, str]] = {
     "gpt2": ("tiny llama3", set_at("pre_tokenizer", value={"type": "ByteLevel"}), "is ByteLevel"),
     "nfc": ("tiny llama3", set_at("normalizer", value={"type": "NFC"}), "normalizer is NFC"),
     "gap": ("tiny llama3", drop_token("!"), "do not run from 0"),
-    "alphabet": ("tiny llama3", set_at("model", "vocab", " ", value=280), "do not run"),
+    "one more": ("tiny llama3", set_at("model", "vocab", " ", value=280), "do not run"),
+    "alphabet": ("tiny llama3", rename_byte_0, "not written in the byte alphabet"),
+    "trained": ("tiny llama3", drop_merge_of("aaa"), "leave out pairs"),
     "order": ("tiny llama3", swap_merges, "order of its ids"),
     "no bos": ("tiny llama3", set_at("added_tokens", 0, "content", value="<x>"), "begin_of_text"),
     "added gap": ("tiny llama3", set_at("added_tokens", 0, "id", value=999), "do not run"),
@@ -404,7 +421,10 @@ FOREIGN: dict[str, tuple[str, Change, str]] = {
 
 
 @pytest.mark.parametrize("case", FOREIGN)
-def test_tokenizer_json_of_another_kind_is_refused(case: str, base: Path, tmp_path: Path) -> None:
+def test_tokenizer_json_of_another_kind_is_refused(
+    case: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_llama.tokenizer.hf_byte_level._SAMPLE_STEP", 1)
     name, change, expected = FOREIGN[case]
     root = read_json(written(name, base).folder / "tokenizer.json")
     change(root)

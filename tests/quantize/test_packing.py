@@ -68,7 +68,7 @@ def test_unpacked_weights_lie_within_half_a_step(tmp_path: Path, bits: int) -> N
     error = np.abs(unpacked - values) / np.abs(step)
     assert error[~is_clipped].max() <= 0.5 + 1e-3
     assert error.max() <= 1.0 + 1e-3
-    assert is_clipped.mean() < 0.05
+    assert is_clipped.mean() < 0.2
 
 
 def test_threads_share_the_work_and_keep_the_order(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
@@ -51,15 +49,15 @@ def chat(
     GenerationOptions(**options)  # a wrong option is told before the model is loaded
     path = paths.resolve_model(model)
     screen = Screen()
-    with StatusLine() as status:
-        load = model_loader(path, dtype, status)
-        inference = Inference(lambda: make_talk(load(), system=system, date=date, options=options))
-        inference.start()
-    _Conversation(inference, screen).run()
-    if inference.is_busy:
-        # A cancelled slice is still being computed; the interpreter must not be torn down under it.
-        sys.stdout.flush()
-        os._exit(0)
+    status = StatusLine()
+    load = model_loader(path, dtype, status)
+
+    def begin() -> Talk:
+        return make_talk(load(), system=system, date=date, options=options)
+
+    with status, Inference(begin) as inference:
+        status.close()
+        _Conversation(inference, screen).run()
 
 
 class _Conversation:
@@ -114,7 +112,7 @@ class _Conversation:
             command.action(self)
 
     def _answer(self, message: str) -> None:
-        reason, stats = "cancelled", None
+        reason, stats = None, None
         with StatusLine() as status:
 
             def ask(talk: Talk, cancel: threading.Event) -> Iterator[Step]:
@@ -131,6 +129,7 @@ class _Conversation:
             except KeyboardInterrupt:
                 if not self._screen.is_interactive:
                     raise
+                reason = "cancelled"
         self._screen.end_answer(reason, stats)
 
 

@@ -1,0 +1,301 @@
+"""The command line as a table: arguments, exit code, what stands on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import mlx_llama
+from mlx_llama_apps import main as main_module
+from mlx_llama_apps.main import main
+from shared_data import shared
+from tiny_models import write_meta
+
+
+def command(*arguments: str | Path) -> list[str]:
+    code = "from mlx_llama_apps.main import run_main; run_main()"
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
+def environment(home: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MLX_LLAMA_HOME": str(home)}
+
+
+def test_stories260k_prints_its_authors_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, expected = (
+        shared("checkpoints/stories260k"),
+        shared("checkpoints/stories260k.expected.txt"),
+    )
+    out = str(tmp_path / "out")
+    assert main(["convert", str(source), "--no-quantize", "-o", out]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert main(["run", out, "--raw", "--temperature", "0", "--max-tokens", "256", ""]) == 0
+    assert capsys.readouterr().out == expected.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_quantized_stories260k_tells_a_story(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: str
+) -> None:
+    source, out = shared("checkpoints/stories260k"), str(tmp_path / "out")
+    assert main(["convert", str(source), "--bits", bits, "-o", out]) == 0
+    capsys.readouterr()
+    assert main(["run", out, "--temperature", "0", "--max-tokens", "60", ""]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("Once upon a time, there was a little girl named Lily. ")
+
+
+USAGE = [
+    (["bogus"], 'Unknown command "bogus"'),
+    (["run"], "MODEL is missing: give a model directory"),
+    (["chat"], "MODEL is missing: give a model directory"),
+    (["convert"], "SOURCE is missing: give the folder of a checkpoint"),
+    (["run", "BASE", "hi", "there"], "too many arguments: 'there'"),
+    (["run", "BASE", "--temprature", "0", "hi"], "did you mean --temperature"),
+    (["run", "BASE", "--ignore-eoss"], "did you mean --ignore-eos"),
+    (["run", "BASE", "hi", "--temperature", "hot"], 'unable to convert "hot"'),
+    (["run", "BASE", "hi", "--temperature", "-1"], "--temperature: found -1.0, expected from 0.0"),
+    (["run", "BASE", "hi", "--max-tokens"], "--max-tokens requires an argument"),
+    (["run", "BASE", "hi", "--raw", "--system", "x"], "do nothing with --raw"),
+    (["run", "BASE", "hi", "--system", "x"], "is a base model"),
+    (["run", "CHAT", "hi", "--logit-bias", "x"], "expected TEXT=NUMBER"),
+    (["run", "CHAT", "hi", "--logit-bias", "hellohello=1"], "no single token"),
+    (["run", "CHAT", "hi", "--dtype", "int8"], "expected one of float32, bfloat16, float16"),
+    (["run", "CHAT", "hi", "--stop", ""], "--stop: an empty text"),
+    (["convert", "META", "--bits", "7"], "expected one of 2, 3, 4, 5, 6, 8"),
+    (["convert", "META", "--group-size", "48"], "expected one of 32, 64, 128"),
+    (["convert", "META", "--no-quantize", "--bits", "4"], "--bits: does nothing"),
+    (["convert", "META", "--kind", "llama9"], "kind 'llama9' is unknown"),
+    (["convert", "META", "--kind", "llama3"], "needs a tiktoken tokenizer"),
+    (["convert", "META", "--rope-factor", "8"], "would do nothing"),
+]
+ERRORS = [
+    (["run", "NOTHING", "hi"], "no such folder"),
+    (["run", "META", "hi"], "make a model of it: mlx-llama convert"),
+    (["show", "META"], "a Meta checkpoint"),
+    (["show", "EMPTY"], "no config.json"),
+    (["convert", "EMPTY"], "no checkpoint: expected params.json"),
+    (["convert", "NOTHING"], "no such folder"),
+    (["convert", "META", "-o", "BASE"], "exists; choose another --output"),
+    (["convert", "META", "-o", "EMPTY/../file", "--force"], "is no model directory"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [(a, 2, t) for a, t in USAGE] + [(a, 1, t) for a, t in ERRORS],
+    ids=[" ".join(a) for a, _ in USAGE + ERRORS],
+)
+def test_errors_are_one_line_and_an_exit_code(
+    tmp_path: Path,
+    base_model: Path,
+    chat_model: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    text: str,
+) -> None:
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "file").write_text("mine")
+    places = {"BASE": base_model, "CHAT": chat_model, "META": write_meta(tmp_path / "META")}
+    places |= {"EMPTY": tmp_path / "EMPTY", "NOTHING": tmp_path / "NOTHING"}
+    places |= {"EMPTY/../file": tmp_path / "file"}
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert main([str(places.get(a, a)) for a in arguments]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("mlx-llama: ")
+    assert text in line
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_debug_shows_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(tmp_path / "nothing"), "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_bug_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("oh\nno")
+
+    monkeypatch.setattr(main_module, "_refuse_mistyped_option", broken)
+    assert main(["show", "x"]) == 1
+    assert "unexpected ZeroDivisionError: oh no; --debug" in capsys.readouterr().err
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == mlx_llama.__version__
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("convert", "show", "run", "chat"))
+
+
+def test_help_imports_no_mlx(home: Path) -> None:
+    code = (
+        "import sys; from mlx_llama_apps.main import main; main(['run', '--help'])\n"
+        "bad = [m for m in ('mlx.core', 'numpy', 'tiktoken', 'sentencepiece', 'prompt_toolkit')"
+        " if m in sys.modules]\n"
+        "sys.exit(str(bad) if bad else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(home), capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_convert_without_output_writes_into_the_models_folder(
+    tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_meta(tmp_path / "tiny")
+    assert main(["convert", str(source), "--bits", "8"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out == [str(home / "data" / "models" / "tiny-8bit")]
+    assert main(["show", "tiny-8bit"]) == 0
+    assert "8 bits, group 64" in capsys.readouterr().out
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_meta(tmp_path / "tiny")
+    assert main(["convert", str(source), "-o", str(tmp_path / "out"), "--dry-run"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for text in (
+        "kind      llama2 (",
+        "4 bits, group 64",
+        "bits per weight",
+        str(tmp_path / "out"),
+    ):
+        assert text in captured.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_show_as_json_has_the_facts(chat_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(chat_model), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kind"] == {"value": "llama3.1-instruct", "reason": "asked for with --kind"}
+    assert facts["prompt_format"] == "llama3.1"
+    assert facts["rope"]["factor"] == 8.0
+    assert facts["context"] == 131072
+    assert [f["name"] for f in facts["source_files"]] == [
+        "consolidated.00.pth",
+        "params.json",
+        "tokenizer.model",
+    ]
+    assert facts["backend"] in ("cpu", "metal", "cuda")
+
+
+def test_ctrl_c_in_a_conversion_leaves_nothing(tmp_path: Path, home: Path) -> None:
+    source = write_meta(tmp_path / "tiny")
+    slow = (
+        "import sys, time\n"
+        "from mlx_llama_quantize import packing\n"
+        "from mlx_llama_apps.main import main\n"
+        "pack = packing._pack\n"
+        "packing._pack = lambda *a: (print('packing', flush=True), time.sleep(0.5), pack(*a))[2]\n"
+        "sys.exit(main())\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, "convert", str(source), "-o", str(tmp_path / "out")],
+        env=environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "packing\n"
+        assert (tmp_path / "out.partial").is_dir()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "home") == ["tiny"]
+
+
+def test_full_disk_is_one_line(tmp_path: Path, home: Path) -> None:
+    """The kernel itself refuses: files may not grow past a limit (as with a full disk)."""
+    source = write_meta(tmp_path / "tiny")
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "from mlx_llama_apps.main import main\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "convert", str(source), "-o", str(tmp_path / "out")],
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "File too large; nothing was left behind" in done.stderr.splitlines()[-1]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "home") == ["tiny"]
+
+
+def test_killed_conversion_leaves_one_folder_that_the_next_replaces(
+    tmp_path: Path, home: Path
+) -> None:
+    source = write_meta(tmp_path / "tiny")
+    slow = (
+        "import sys, time\n"
+        "from mlx_llama_quantize import packing\n"
+        "from mlx_llama_apps.main import main\n"
+        "packing._pack = lambda *a: (print('packing', flush=True), time.sleep(60))\n"
+        "sys.exit(main())\n"
+    )
+    arguments = ["convert", str(source), "-o", str(tmp_path / "out")]
+    with subprocess.Popen(
+        [sys.executable, "-c", slow, *arguments], env=environment(home), stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.kill()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "home") == ["out.partial", "tiny"]
+    assert main(arguments) == 0
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "home") == ["out", "tiny"]
+
+
+def test_reader_that_goes_away_is_no_error(base_model: Path, home: Path) -> None:
+    arguments = ["run", base_model, "hello", "--max-tokens", "400", "--ignore-eos"]
+    with subprocess.Popen(
+        command(*arguments), env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (0, b"")
+
+
+def test_ctrl_c_ends_run_at_once(base_model: Path, home: Path) -> None:
+    arguments = ["run", base_model, "hello", "--ignore-eos"]
+    with subprocess.Popen(
+        command(*arguments), env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(5)
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        rest, errors = process.stdout.read(), process.stderr.read()
+        process.wait(10)
+    assert time.monotonic() - started < 5
+    assert (process.returncode, errors) == (130, b"")
+    assert rest.endswith(b"\n")

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+import mlx_llama
+from mlx_llama_apps.main import main
+
+
+class Stdin(io.TextIOWrapper):
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main(["run", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_json_is_one_object_with_everything(
+    chat_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = run(capsys, chat_model, "hello", "--json", "--max-tokens", 6, "--seed", 4, "--top-k", 5)
+    (line,) = text.splitlines()
+    answer = json.loads(line)
+    assert list(answer) == ["text", "token_ids", "logprobs", "finish_reason", "stats"]
+    llama = mlx_llama.load(chat_model)
+    steps = list(
+        llama.stream_chat([{"role": "user", "content": "hello"}], max_tokens=6, seed=4, top_k=5)
+    )
+    assert answer["token_ids"] == [s.token_id for s in steps]
+    assert answer["text"] == "".join(s.text for s in steps)
+    assert answer["finish_reason"] == "length"
+    assert len(answer["logprobs"]) == 6
+    assert all(p <= 0 for p in answer["logprobs"])
+    assert answer["stats"]["seed"] == 4
+    assert answer["stats"]["answer_tokens"] == 6
+
+
+@pytest.mark.parametrize("prompt", [[], ["-"]])
+def test_prompt_comes_from_standard_input(
+    chat_model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    prompt: list[str],
+) -> None:
+    monkeypatch.setattr("sys.stdin", Stdin("hello 😀\n".encode()))
+    piped = run(capsys, chat_model, *prompt, "--temperature", 0, "--max-tokens", 5)
+    assert piped == run(capsys, chat_model, "hello 😀", "--temperature", 0, "--max-tokens", 5)
+
+
+def test_input_that_is_no_utf8_is_one_line(
+    chat_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", Stdin(b"abc\xff"))
+    assert main(["run", str(chat_model)]) == 1
+    assert "byte 0xff at 3 is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompt", ["-5 + 3 =", "- item", "-hello", "--not-an-option-at-all"])
+def test_prompt_may_begin_with_a_hyphen(
+    base_model: Path, capsys: pytest.CaptureFixture[str], prompt: str
+) -> None:
+    found = run(capsys, base_model, prompt, "--temperature", 0, "--max-tokens", 4, "--ignore-eos")
+    llama = mlx_llama.load(base_model)
+    text = llama.generate(prompt, temperature=0, max_tokens=4, ignore_eos=True)
+    assert found == text.removesuffix("\n") + "\n"
+
+
+def test_raw_leaves_the_chat_format_out(
+    chat_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def count(*flags: str) -> int:
+        text = run(capsys, chat_model, "hello", "--json", "--max-tokens", 1, *flags)
+        return json.loads(text)["stats"]["prompt_tokens"]
+
+    assert count("--raw") == 2  # BOS and one token
+    assert count() > 10
+    assert count("--system", "the") > count()
+    assert count("--date", "26 Jul 2024") > count()
+
+
+def test_stop_and_repeatable_flags_reach_the_model(
+    base_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run(capsys, base_model, "hello", "--temperature", 0, "--max-tokens", 12)
+    assert len(whole) > 4
+    stop = whole[3:5]
+    cut = run(capsys, base_model, "hello", "--temperature", 0, "--stop", "zzz", "--stop", stop)
+    assert cut == whole[: whole.index(stop)].removesuffix("\n") + "\n"
+
+
+def test_models_own_defaults_are_used(
+    chat_model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """generation_config.json says what temperature an answer has when nobody says another."""
+    import shutil
+
+    cold = tmp_path / "cold"
+    shutil.copytree(chat_model, cold)
+    config = json.loads((cold / "generation_config.json").read_text())
+    (cold / "generation_config.json").write_text(json.dumps({**config, "temperature": 0.0}))
+    answers = {run(capsys, cold, "hello", "--max-tokens", 8) for _ in range(3)}
+    greedy = run(capsys, chat_model, "hello", "--max-tokens", 8, "--temperature", 0)
+    assert answers == {greedy}
