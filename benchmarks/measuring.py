@@ -15,8 +15,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from pathlib import Path
+from statistics import median
 from time import perf_counter, sleep
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss

@@ -158,7 +158,8 @@ def config_from_hf(raw: Mapping[str, Any], *, kind: str, is_tied: bool | None) -
     _refuse_foreign(raw)
     dim = _number(raw, "hidden_size")
     n_heads = _number(raw, "num_attention_heads")
-    tied = raw.get("tie_word_embeddings", is_tied)
+    tied = raw.get("tie_word_embeddings")
+    tied = is_tied if tied is None else tied
     if tied is None:
         raise CheckpointError("config.json: tie_word_embeddings is missing, no weights decide it")
     theta, scaling = _rope_from_hf(raw)
@@ -275,8 +276,8 @@ def _quantization_from_hf(
 ) -> tuple[QuantFormat | None, dict[str, QuantFormat | None]]:
     entry = raw.get("quantization")
     if entry is None:
-        if raw.get("quantization_config"):
-            method = dict(raw["quantization_config"]).get("quant_method", "unknown")
+        if foreign := raw.get("quantization_config"):
+            method = foreign.get("quant_method") if isinstance(foreign, Mapping) else foreign
             raise UnsupportedModelError(
                 f"config.json: weights quantized with {method!r} are not MLX's; take the "
                 "unquantized release"

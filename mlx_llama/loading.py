@@ -146,8 +146,9 @@ def open_shards(path: Path) -> dict[str, TensorRef]:
         if not isinstance(table, dict) or not all(isinstance(f, str) for f in table.values()):
             raise CheckpointError(f"{index}: weight_map is not a table of tensor to file name")
         files = sorted(set(table.values()))
+        here = {file.name for file in path.iterdir() if file.is_file()}
         for name in files:
-            if Path(name).name != name or not (path / name).is_file():
+            if name not in here:
                 raise CheckpointError(f"{index}: names {name!r}, which is no file of {path}")
     else:
         files = sorted(file.name for file in path.glob("model*.safetensors"))

@@ -29,9 +29,9 @@ def convert(
     *,
     output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
     flags: ConvertFlags | None = None,
-    no_quantize: Annotated[bool, Parameter(negative=())] = False,
-    dry_run: Annotated[bool, Parameter(negative=())] = False,
-    force: Annotated[bool, Parameter(negative=())] = False,
+    no_quantize: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
 ) -> None:
     """Turn a checkpoint into a model directory that mlx-llama, mlx-lm and LM Studio load.
 

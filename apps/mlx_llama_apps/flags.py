@@ -25,8 +25,6 @@ def _flags_of(options: type, **types: Any) -> type:
         kind = types.get(spec.name, hints[spec.name])
         parameter = Parameter(
             help=spec.metadata["help"] + _default_help(spec),
-            negative=(),
-            show_default=False,
             allow_leading_hyphen=True,
         )
         made.append((spec.name, Annotated[kind | None, parameter], field(default=None)))

@@ -13,7 +13,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError, MissingArgumentError, UnusedCliTokensError
+from cyclopts import (
+    App,
+    Argument,
+    CycloptsError,
+    MissingArgumentError,
+    Parameter,
+    UnusedCliTokensError,
+)
 
 import mlx_llama
 from mlx_llama.errors import MlxLlamaError, OptionError
@@ -31,11 +38,20 @@ app = App(
     help="Meta's Llama checkpoints, quantized with MLX and run in your terminal.",
     version=mlx_llama.__version__,
     suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(negative=(), show_default=False),
     help_epilogue="Each command has its own --help. --debug shows a traceback with an error.",
 )
 COMMANDS = {"convert": convert.convert, "show": show.show, "run": run.run, "chat": chat.chat}
 for _function in COMMANDS.values():
     app.command(_function)
+
+
+def arguments_of(command: str, *, parse_docstring: bool = False) -> list[Argument]:
+    """Return the arguments of a command, positional ones first."""
+    collection = app[command].assemble_argument_collection(
+        default_parameter=app.default_parameter, parse_docstring=parse_docstring
+    )
+    return [argument for argument in collection if argument.names != ("*",)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,7 +130,7 @@ def _refuse_mistyped_option(command: str | None, tokens: list[str]) -> None:
     """Refuse what is nearly an option: a PROMPT, which may begin with hyphens, would swallow it."""
     if command is None:
         return
-    arguments = app[command].assemble_argument_collection()
+    arguments = arguments_of(command)
     known = {name: a.hint is not bool for a in arguments for name in a.names if name[:1] == "-"}
     known |= {"--help": False, "-h": False}
     takes_next = False

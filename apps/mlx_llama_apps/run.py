@@ -29,9 +29,9 @@ def run(
     /,
     *,
     system: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
-    raw: Annotated[bool, Parameter(negative=())] = False,
+    raw: bool = False,
     date: str | None = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    as_json: Annotated[bool, Parameter(name="--json")] = False,
     flags: GenerationFlags | None = None,
     dtype: str | None = None,
 ) -> None:

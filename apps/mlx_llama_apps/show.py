@@ -19,7 +19,7 @@ def show(
     model: str,
     /,
     *,
-    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    as_json: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
     """Say what a model directory holds and how it will run.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -192,7 +193,7 @@ def test_projections_of_one_format_are_joined_and_others_stacked() -> None:
 def parts_of(matrix: Matrix, sizes: tuple[int, ...]) -> Stack:
     """Take a joined matrix apart by rows."""
     starts = np.cumsum((0, *sizes)).tolist()
-    rows = [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    rows = [slice(a, b) for a, b in pairwise(starts)]
     if isinstance(matrix, Dense):
         return Stack(tuple(Dense(matrix.weight[r]) for r in rows))
     assert isinstance(matrix, Packed) and matrix.biases is not None

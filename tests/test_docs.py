@@ -1,0 +1,56 @@
+"""The documents say what the program does."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from make_commands_page import PAGE, page
+from mlx_llama_apps.main import COMMANDS, arguments_of
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_commands_page_is_the_help() -> None:
+    """Mend with: python tests/make_commands_page.py."""
+    assert PAGE.read_text(encoding="utf-8") == page()
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/model-directory.md", "docs/python.md"])
+def test_commands_and_options_in_documents_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for command, rest in re.findall(r"mlx-llama (\w+)([^\n|`]*)", text):
+        if command not in COMMANDS:
+            assert not rest.startswith(" --"), command
+            continue
+        known = {name for argument in arguments_of(command) for name in argument.names}
+        for option in re.findall(r"(?<!\S)(--?[a-z][a-z-]*)", rest):
+            assert option in known, f"{document}: mlx-llama {command} {option}"
+
+
+def test_links_lead_to_files() -> None:
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / link).exists(), f"{document}: {link}"
+
+
+@pytest.mark.parametrize(
+    ("example", "arguments"),
+    [("complete", ["hello"]), ("converse", ["hello", "world"]), ("score", ["hello world"])],
+)
+def test_examples_run(
+    chat_model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    example: str,
+    arguments: list[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [example, str(chat_model), *arguments])
+    path = ROOT / "examples" / f"{example}.py"
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out.strip()
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 40
