@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Protocol
 
 import mlx.core as mx
@@ -117,15 +117,15 @@ def count_formats(matrices: Iterable[tuple[QuantFormat | None, str]]) -> dict[st
 
 def build_model(
     config: ModelConfig,
-    arrays: Mapping[str, mx.array],
+    arrays: MutableMapping[str, mx.array],
     *,
     dtype: mx.Dtype,
     on_block: Callable[[int, int], None] | None = None,
 ) -> LlamaModel:
     """Make the model of a directory's arrays, one block evaluated at a time.
 
-    arrays: by Hugging Face names, not yet evaluated. dtype: of dense weights, scales and
-    activations. on_block(done, total) is called after each block.
+    arrays: by Hugging Face names, not yet evaluated; emptied as they are used.
+    dtype: of dense weights, scales and activations. on_block(done, total) is called after each block.
     Raises CheckpointError for a missing tensor or a wrong shape.
     """
     reader = _ArrayReader(config, arrays, dtype)
@@ -161,7 +161,7 @@ class _ArrayReader:
     """Takes tensors by Meta's names out of arrays by Hugging Face names, checking shapes."""
 
     def __init__(
-        self, config: ModelConfig, arrays: Mapping[str, mx.array], dtype: mx.Dtype
+        self, config: ModelConfig, arrays: MutableMapping[str, mx.array], dtype: mx.Dtype
     ) -> None:
         self._config = config
         self._arrays = arrays
@@ -196,6 +196,10 @@ class _ArrayReader:
     def _take(self, name: str, shape: tuple[int, ...]) -> mx.array:
         if name not in self._arrays:
             raise CheckpointError(f"tensor {name} is missing from the model directory")
-        if (found := self._arrays[name].shape) != shape:
-            raise CheckpointError(f"tensor {name}: shape {found}, expected {shape} by config.json")
-        return self._arrays[name]
+        # Taken out: rows that are joined shall not stay in memory beside the join.
+        array = self._arrays.pop(name)
+        if array.shape != shape:
+            raise CheckpointError(
+                f"tensor {name}: shape {array.shape}, expected {shape} by config.json"
+            )
+        return array
