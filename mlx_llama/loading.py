@@ -23,7 +23,14 @@ from mlx_llama.sampling import SamplingDefaults
 from mlx_llama.strict_json import load_json
 from mlx_llama.tensor_ref import TensorRef
 from mlx_llama.tokenizer import Tokenizer, open_tokenizer
-from mlx_llama.weights import build_model, count_formats, is_matrix, meta_name
+from mlx_llama.weights import (
+    OUTPUT,
+    build_model,
+    count_formats,
+    is_matrix,
+    meta_name,
+    tensor_shapes,
+)
 
 MAX_JSON_BYTES = 64 << 20
 INDEX_NAME = "model.safetensors.index.json"
@@ -90,6 +97,7 @@ def load(
     arrays: dict[str, mx.array] = {}
     for file in sorted({ref.path for ref in directory.tensors.values()}):
         arrays |= mx.load(str(file))  # pyright: ignore[reportArgumentType, reportOperatorIssue]
+    arrays = {name: arrays[name] for name in directory.tensors}  # without old buffers
     model = build_model(config, arrays, dtype=chosen, on_block=on_block)
     return Llama(
         model,
@@ -111,6 +119,7 @@ def open_model_directory(path: Path) -> ModelDirectory:
         if name not in tensors:
             raise CheckpointError(f"{path}: tensor {name} is missing; this is no whole Llama")
     config = config_from_hf(raw, kind="llama2", is_tied="lm_head.weight" not in tensors)
+    _refuse_too_many(path, config, tensors)
     tokenizer = open_tokenizer(path)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
@@ -120,6 +129,16 @@ def open_model_directory(path: Path) -> ModelDirectory:
     kind = decide_folder_kind(path, raw, config, tokenizer)
     config = config_from_hf(raw, kind=kind.value, is_tied=config.tied)
     return ModelDirectory(path, own_entry(raw), config, kind, tokenizer, tensors)
+
+
+def _refuse_too_many(path: Path, config: ModelConfig, tensors: Mapping[str, TensorRef]) -> None:
+    """Refuse tensors that config.json leaves no place for; a tied output may repeat itself."""
+    known = {*tensor_shapes(config), OUTPUT}
+    for name in tensors:
+        if meta_name(f"{name.rpartition('.')[0]}.weight") not in known:
+            raise CheckpointError(
+                f"{path}: tensor {name} is too many: config.json has {config.n_layers} layers"
+            )
 
 
 def own_entry(raw: Mapping[str, Any]) -> Mapping[str, Any]:
