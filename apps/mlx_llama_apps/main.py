@@ -24,7 +24,7 @@ from cyclopts import (
 
 import mlx_llama
 from mlx_llama.errors import MlxLlamaError, OptionError
-from mlx_llama_apps import chat, convert, run, show
+from mlx_llama_apps import chat, convert, run, show, verify
 
 EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 1, 2, 130
 WHAT_TO_GIVE = {
@@ -41,7 +41,13 @@ app = App(
     default_parameter=Parameter(negative=(), show_default=False),
     help_epilogue="Each command has its own --help. --debug shows a traceback with an error.",
 )
-COMMANDS = {"convert": convert.convert, "show": show.show, "run": run.run, "chat": chat.chat}
+COMMANDS = {
+    "convert": convert.convert,
+    "verify": verify.verify,
+    "show": show.show,
+    "run": run.run,
+    "chat": chat.chat,
+}
 for _function in COMMANDS.values():
     app.command(_function)
 
