@@ -22,6 +22,8 @@ MODES = {
     "nvfp4": ((4,), (16,)),
 }
 
+FULL_ATTENTION = "full_attention"
+
 # Bounds of what a Llama can be; a file beyond them is damaged or hostile.
 LIMITS = {
     "dim": 1 << 17,
@@ -315,6 +317,16 @@ def _refuse_foreign(raw: Mapping[str, Any]) -> None:
         )
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UnsupportedModelError(f"config.json: hidden_act {raw['hidden_act']!r} is not silu")
+    if raw.get("rope_traditional"):
+        raise UnsupportedModelError(
+            "config.json: rope_traditional is set, for rows in Meta's order; convert the original "
+            "checkpoint"
+        )
+    layers = raw.get("layer_types")
+    if raw.get("sliding_window") or (
+        isinstance(layers, list) and any(layer != FULL_ATTENTION for layer in layers)
+    ):
+        raise UnsupportedModelError("config.json: sliding-window attention, which no Llama has")
     for name in ("attention_bias", "mlp_bias"):
         if raw.get(name):
             raise UnsupportedModelError(f"config.json: {name} is set, no Llama has biases")

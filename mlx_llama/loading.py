@@ -211,6 +211,7 @@ def decide_folder_kind(
             is_rope_scaled=config.rope_scaling is not None,
             is_tied=config.tied,
             norm_eps=config.norm_eps,
+            rope_theta=config.rope_theta,
         ),
         is_tiktoken=tokenizer.family == "tiktoken",
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx_llama
 from mlx_llama.config import config_to_hf
+from mlx_llama.errors import OutputError
 from mlx_llama.kinds import kind_named
 from mlx_llama.loading import INDEX_NAME
 from mlx_llama.options import DEFAULT_TEMPERATURE, DEFAULT_TOP_P
@@ -61,6 +62,7 @@ def convert_checkpoint(
     Raises OutputError and CheckpointError.
     """
     files = plan.source.files
+    _refuse_own_source(target, files)
     expected = checklist.expected_digests(files)
     needed = plan.output_bytes + OTHER_BYTES
     with (
@@ -85,6 +87,14 @@ def convert_checkpoint(
             checklist.compare(path, algorithm, expected=digest, found=sources[path][algorithm])
         result = compare_weights(plan.source, partial.folder) if verify else None
         _finish(plan, partial, hasher, sources, result, command)
+
+
+def _refuse_own_source(target: Path, files: Sequence[Path]) -> None:
+    """Refuse an output that would replace what it is made of."""
+    resolved = target.resolve()
+    for file in files:
+        if file.resolve().is_relative_to(resolved):
+            raise OutputError(f"{target}: holds the source ({file}); choose another --output")
 
 
 def _digest_names(expected: tuple[str, str] | None) -> tuple[str, ...]:

@@ -90,6 +90,7 @@ def _decide_kind(
             is_rope_scaled=params.is_rope_scaled,
             is_tied=is_tied,
             norm_eps=params.norm_eps,
+            rope_theta=params.rope_theta,
         ),
         is_tiktoken=is_tiktoken,
     )

@@ -57,6 +57,7 @@ def new_directory(
     Raises OutputError. After Ctrl-C or a failing disk finished files stay; after any other
     exception, and when nothing was finished, the folder is removed.
     """
+    target = Path(os.path.abspath(target))  # noqa: PTH100 - a last symlink stays one
     partial = Partial(target.with_name(target.name + ".partial"))
     check_target(target, force=force)
     try:
@@ -69,6 +70,7 @@ def new_directory(
         kept_bytes = sum((partial.folder / name).stat().st_size for name in partial.finished)
         _check_space(target, needed_bytes - kept_bytes)
         yield partial
+        check_target(target, force=force)  # it may have appeared in the meantime
         _publish(partial.folder, target)
     except OSError as error:
         is_resumable = bool(partial.finished)
@@ -79,8 +81,10 @@ def new_directory(
         is_resumable = bool(partial.finished)
         raise
     finally:
-        if partial.folder.exists() and not is_resumable:
-            shutil.rmtree(partial.folder, ignore_errors=True)
+        if _holds(partial.folder, lock):
+            _restore(partial.folder, target)
+            if not is_resumable:
+                _discard(partial.folder)
         os.close(lock)
 
 
@@ -90,10 +94,20 @@ def check_target(target: Path, *, force: bool) -> None:
         return
     if not force:
         raise OutputError(f"{target}: exists; choose another --output, or --force to replace it")
-    is_model = target.is_dir() and not target.is_symlink() and (target / "config.json").is_file()
-    is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
-    if not (is_model or is_empty):
-        raise OutputError(f"{target}: is no model directory, --force does not replace it")
+    if not _is_model_or_empty(target):
+        raise OutputError(
+            f"{target}: is no model directory (config.json, safetensors, no folders), --force does "
+            "not replace it"
+        )
+
+
+def _is_model_or_empty(target: Path) -> bool:
+    if target.is_symlink() or not target.is_dir():
+        return False
+    paths = list(target.iterdir())
+    names = {path.name for path in paths}
+    is_model = "config.json" in names and any(name.endswith(".safetensors") for name in names)
+    return not paths or (is_model and all(path.is_file() for path in paths))
 
 
 def _left(partial: Partial) -> str:
@@ -105,25 +119,48 @@ def _left(partial: Partial) -> str:
 def _claim(partial: Partial, target: Path, job: str, on_note: Callable[[str], None]) -> int:
     """Take the partial folder, old or new, and lock it; return the lock's file descriptor."""
     folder, journal = partial.folder, partial.folder / JOURNAL
-    if not folder.exists():
-        folder.mkdir()
-        return _begin(folder, job)
+    folder.mkdir(exist_ok=True)
     if not journal.is_file():
-        raise OutputError(f"{folder}: exists and is not ours; move it away")
+        if any(folder.iterdir()):
+            raise OutputError(f"{folder}: exists and is not ours; move it away")
+        return _begin(folder, job)
     lock = _lock(journal, folder)
-    if (folder / REPLACED).exists() and not target.exists():
-        # Killed between the two renames: the old output is still whole in here.
-        (folder / REPLACED).rename(target)
+    _restore(folder, target)
     partial.finished = _finished_files(folder, job, on_note)
     if partial.finished:
         for path in folder.iterdir():
             if path.name not in (*partial.finished, JOURNAL):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return lock
-    shutil.rmtree(folder)
+    _discard(folder)
     os.close(lock)
     folder.mkdir()
     return _begin(folder, job)
+
+
+def _holds(folder: Path, lock: int) -> bool:
+    """Whether the folder is the one that was locked, not another run's of the same name."""
+    try:
+        return os.path.samestat(os.fstat(lock), os.stat(folder / JOURNAL))  # noqa: PTH116
+    except FileNotFoundError:
+        return False
+
+
+def _restore(folder: Path, target: Path) -> None:
+    """Put the old output back where a run ended between the two renames."""
+    if (folder / REPLACED).exists() and not target.exists():
+        (folder / REPLACED).rename(target)
+
+
+def _discard(folder: Path) -> None:
+    """Remove the folder, its journal last: what is left by a second Ctrl-C is still ours."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != JOURNAL:
+            path.unlink()
+    (folder / JOURNAL).unlink()
+    folder.rmdir()
 
 
 def _begin(folder: Path, job: str) -> int:

@@ -63,6 +63,7 @@ def test_too_little_space_is_told_before_work(tmp_path: Path) -> None:
 
 def test_existing_target_is_refused_and_forced(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
+    (tmp_path / "out" / "model.safetensors").touch()
     with pytest.raises(OutputError, match="exists"):
         write(tmp_path / "out", "new")
     assert (tmp_path / "out" / "config.json").read_text() == "old"
@@ -85,6 +86,7 @@ def test_force_does_not_replace_what_is_no_model(tmp_path: Path) -> None:
 
 def test_failure_with_force_keeps_the_old_output(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
+    (tmp_path / "out" / "model.safetensors").touch()
     with (
         pytest.raises(RuntimeError),
         new_directory(tmp_path / "out", force=True, needed_bytes=1),
@@ -119,6 +121,7 @@ def test_kill_between_the_renames_loses_neither_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "out", "old")
+    (tmp_path / "out" / "model.safetensors").touch()
     partial = tmp_path / "out.partial"
     partial.mkdir()
     (partial / JOURNAL).touch()
@@ -211,3 +214,68 @@ def test_journal_that_was_cut_or_forged_does_no_harm(tmp_path: Path, line: str) 
     finish(tmp_path / "out", "a", None)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["one", "two"]
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_stopping_between_the_renames_keeps_the_old_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "out", "old")
+    rename, calls = Path.rename, list[Path]()
+
+    def second_fails(self: Path, target: Path) -> Path:
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", second_fails)
+    (tmp_path / "out" / "model.safetensors").touch()
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out", "new", force=True)
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+
+
+def test_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match="exists"),
+        new_directory(tmp_path / "out", force=False, needed_bytes=1),
+    ):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious").write_text("mine")
+    assert (tmp_path / "out" / "precious").read_text() == "mine"
+
+
+def test_empty_partial_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    write(tmp_path / "out", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_partial_folder_of_another_run_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = output._publish
+
+    def publish_and_meet_another(folder: Path, target: Path) -> None:
+        publish(folder, target)
+        folder.mkdir()
+        (folder / JOURNAL).touch()
+
+    monkeypatch.setattr(output, "_publish", publish_and_meet_another)
+    write(tmp_path / "out", "new")
+    assert (tmp_path / "out.partial" / JOURNAL).exists()
+
+
+def test_force_does_not_replace_a_folder_with_more_in_it(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "notes/thesis.tex"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(OutputError, match="no model directory"):
+        write(tmp_path / "out", "new", force=True)
+
+
+def test_current_folder_can_be_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write(Path(), "new", force=True)
+    assert (tmp_path / "here" / "config.json").read_text() == "new"

@@ -245,7 +245,11 @@ def test_weights_and_tokenizer_tell_the_base(
     is_tiktoken: bool, is_rope_scaled: bool, is_tied: bool, norm_eps: float, expected: str
 ) -> None:
     found = base_kind(
-        is_tiktoken=is_tiktoken, is_rope_scaled=is_rope_scaled, is_tied=is_tied, norm_eps=norm_eps
+        is_tiktoken=is_tiktoken,
+        is_rope_scaled=is_rope_scaled,
+        is_tied=is_tied,
+        norm_eps=norm_eps,
+        rope_theta=1e4,
     )
     assert found == expected
 
@@ -281,3 +285,56 @@ def test_flag_and_config_go_before_the_shape() -> None:
     found = decide_rope_factor(flag=4.0, recorded=16.0, **shape)
     assert found == (4.0, "asked for with --rope-factor")
     assert decide_rope_factor(flag=None, recorded=16.0, **shape) == (16.0, "config.json")
+
+
+@pytest.mark.parametrize(("theta", "kind"), [(None, "llama2"), (1e4, "llama2"), (1e6, "codellama")])
+def test_theta_tells_code_llama(theta: float | None, kind: str) -> None:
+    found = base_kind(
+        is_tiktoken=False, is_rope_scaled=False, is_tied=False, norm_eps=1e-5, rope_theta=theta
+    )
+    assert found == kind
+
+
+@pytest.mark.parametrize(
+    ("names", "base", "kind"),
+    [
+        (["7B", "llama-2"], "llama2", "llama2"),
+        (["7B", "x"], "llama1", "llama1"),
+        (["7B", "x"], "llama2", "llama2"),
+        (["65B", "x"], "llama2", "llama1"),  # its eps is that of Llama 2
+        (["original", "Llama-2-7b-chat-hf"], "llama2", "llama2-chat"),
+    ],
+)
+def test_bare_size_is_the_weakest_name(names: list[str], base: str, kind: str) -> None:
+    found = decide_kind(
+        flag=None, recorded=None, chat_template=None, names=names, base=base, is_tiktoken=False
+    )
+    assert found.value == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "is_tiktoken", "kind"),
+    [
+        ("Llama-Guard-3-8B", "llama3.1", True, "llama-guard-3"),
+        ("LlamaGuard-7b", "llama2", False, "llama-guard-1"),
+        ("Meta-Llama-Guard-2-8B", "llama3", True, "llama-guard-2"),
+        ("blob", "llama3", True, "llama-guard-2"),
+        ("blob", "llama3.2", True, "llama-guard-3"),
+    ],
+)
+def test_guards_template_is_no_chat_format(
+    name: str, base: str, is_tiktoken: bool, kind: str
+) -> None:
+    """Guard's templates have a chat model's tags; they made it one, and verdicts meaningless."""
+    template = (
+        "<|start_header_id|>user<|end_header_id|> [INST] Task: Check if there is unsafe content"
+    )
+    found = decide_kind(
+        flag=None,
+        recorded=None,
+        chat_template=template,
+        names=[name],
+        base=base,
+        is_tiktoken=is_tiktoken,
+    )
+    assert found.value == kind
