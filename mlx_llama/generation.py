@@ -108,7 +108,7 @@ class _Clock:
         now = time.perf_counter()
         first = self.first or now
         later = self.answer_tokens - 1
-        prefilled = len(request.ids) - self.cached_tokens
+        prefilled = min(cache.offset, len(request.ids)) - self.cached_tokens  # less when cancelled
         return Stats(
             prompt_tokens=len(request.ids),
             cached_tokens=self.cached_tokens,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 
 import mlx.core as mx
 
@@ -17,29 +17,49 @@ from mlx_llama.options import DEFAULT_TEMPERATURE, DEFAULT_TOP_P, GenerationOpti
 from mlx_llama.tokenizer import Tokenizer
 
 
+# Below, scores divided by it leave float32; the likeliest token is what it asks for anyway.
+LEAST_TEMPERATURE = 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilledOptions(GenerationOptions):
+    """Options with every choice made. banned: tokens that are never drawn."""
+
+    banned: frozenset[int] = frozenset()
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """What a model directory's `generation_config.json` recommends; None where it is silent."""
+    """What a model directory recommends in `generation_config.json`; None where it is silent.
+
+    padding: rows of the output that no token of the tokenizer stands for, which are never drawn.
+    unnamed_stops: those of such rows that end an answer, drawn unless the end is ignored.
+    """
 
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     repetition_penalty: float | None = None
+    min_p: float | None = None
+    padding: frozenset[int] = frozenset()
+    unnamed_stops: frozenset[int] = frozenset()
 
-    def fill(self, options: GenerationOptions) -> GenerationOptions:
+    def fill(self, options: GenerationOptions) -> FilledOptions:
         """Return the options with every open choice made, the seed included."""
-
-        def first(*values: float | None) -> float | None:
-            return next(value for value in values if value is not None)
-
-        return replace(
-            options,
-            temperature=first(options.temperature, self.temperature, DEFAULT_TEMPERATURE),
-            top_p=first(options.top_p, self.top_p, DEFAULT_TOP_P),
-            top_k=first(options.top_k, self.top_k, 0),
-            repetition_penalty=first(options.repetition_penalty, self.repetition_penalty, 1.0),
-            seed=first(options.seed, secrets.randbits(32)),
-        )
+        chosen = {spec.name: getattr(options, spec.name) for spec in fields(GenerationOptions)}
+        defaults = {
+            "temperature": (self.temperature, DEFAULT_TEMPERATURE),
+            "top_p": (self.top_p, DEFAULT_TOP_P),
+            "top_k": (self.top_k, 0),
+            "min_p": (self.min_p, 0.0),
+            "repetition_penalty": (self.repetition_penalty, 1.0),
+            "seed": (secrets.randbits(32),),
+        }
+        for name, values in defaults.items():
+            if chosen[name] is None:
+                chosen[name] = next(value for value in values if value is not None)
+        banned = self.padding | self.unnamed_stops if options.ignore_eos else self.padding
+        return FilledOptions(**chosen, banned=banned)
 
 
 class Sampler:
@@ -51,7 +71,7 @@ class Sampler:
 
     def __init__(
         self,
-        options: GenerationOptions,
+        options: FilledOptions,
         *,
         vocab_size: int,
         prompt: Sequence[int],
@@ -60,7 +80,7 @@ class Sampler:
         self._options = options
         self._draws = 0
         self._bias: mx.array | None = None
-        if bias:
+        if bias := {**bias, **dict.fromkeys(options.banned, -math.inf)}:
             ids = mx.array(list(bias))
             self._bias = mx.zeros(vocab_size).at[ids].add(mx.array(list(bias.values())))
         self._repetition = options.repetition_penalty or 1.0
@@ -74,15 +94,15 @@ class Sampler:
     def __call__(self, logits: mx.array) -> mx.array:
         """Draw one token, (1,) uint32, from logits (V,) float32."""
         logits = self._penalized(logits)
-        temperature = self._options.temperature
-        if not temperature:
+        temperature = self._options.temperature or 0.0
+        if temperature < LEAST_TEMPERATURE:
             token = mx.argmax(logits, keepdims=True)
         else:
             kept = keep_likeliest(
                 logits / temperature,
                 top_k=self._options.top_k or 0,
                 top_p=1.0 if self._options.top_p is None else self._options.top_p,
-                min_p=self._options.min_p,
+                min_p=self._options.min_p or 0.0,
             )
             # A key of seed and count needs no state that the graph would have to carry.
             key = mx.array([self._options.seed or 0, self._draws], dtype=mx.uint32)
@@ -127,13 +147,14 @@ def keep_likeliest(logits: mx.array, *, top_k: int, top_p: float, min_p: float) 
 def bias_by_token(texts: Mapping[str, float], tokenizer: Tokenizer) -> dict[int, float]:
     """Turn texts into token ids: each text that is one token, as it stands or after a space.
 
-    Raises OptionError for a text that is no single token: its bias could not take effect.
+    A token that one text spells exactly is that text's, not that of a text without the space.
+    Raises OptionError for a text that is left without a token: its bias could not take effect.
     """
     by_id: dict[int, float] = {}
     if not texts:
         return by_id
-    spellings = {text.encode(): text for text in texts}
-    spellings |= {f" {text}".encode(): text for text in texts}
+    spellings = {f" {text}".encode(): text for text in texts}
+    spellings |= {text.encode(): text for text in texts}
     found: set[str] = set()
     specials = set(tokenizer.special_tokens.values())
     for token in range(tokenizer.vocab_size):
@@ -145,8 +166,19 @@ def bias_by_token(texts: Mapping[str, float], tokenizer: Tokenizer) -> dict[int,
             found.add(text)
     for text in texts:
         if text not in found:
-            raise OptionError(
-                f"--logit-bias: {text!r} is no single token of this model; "
-                f"it is {len(tokenizer.encode(text))} tokens, bias a part of it"
-            )
+            raise OptionError(_no_token(text, texts, tokenizer))
     return by_id
+
+
+def _no_token(text: str, texts: Mapping[str, float], tokenizer: Tokenizer) -> str:
+    spaced = f" {text}"
+    if spaced in texts:
+        return (
+            f"--logit-bias: {text!r} is a token after a space alone, which {spaced!r} stands for; "
+            "leave one of them out"
+        )
+    n_tokens = len(tokenizer.encode(text))
+    return (
+        f"--logit-bias: {text!r} is no single token of this model; it is {n_tokens} tokens, "
+        "bias a part of it"
+    )

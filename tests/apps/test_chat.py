@@ -47,7 +47,7 @@ class Terminal:
     """The chat behind a pseudo-terminal of 80 columns."""
 
     def __init__(self, home: Path, *arguments: object) -> None:
-        code = "from mlx_llama_apps.main import run_main; run_main()"
+        code = "from mlx_llama_apps.entry import run_main; run_main()"
         self.child: pexpect.spawn[str] = pexpect.spawn(
             sys.executable,
             ["-c", code, "chat", *map(str, arguments)],
@@ -126,7 +126,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(home: Path, chat_mod
 
 
 def test_pipe_gets_the_answer_alone(home: Path, chat_model: Path) -> None:
-    code = "from mlx_llama_apps.main import run_main; run_main()"
+    code = "from mlx_llama_apps.entry import run_main; run_main()"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MLX_LLAMA_HOME": str(home)}
 
     def output(*arguments: str, given: str) -> str:
