@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 
 import mlx.core as mx
@@ -166,16 +166,16 @@ def bias_by_token(texts: Mapping[str, float], tokenizer: Tokenizer) -> dict[int,
             found.add(text)
     for text in texts:
         if text not in found:
-            raise OptionError(_no_token(text, texts, tokenizer))
+            raise OptionError(_no_token(text, found, tokenizer))
     return by_id
 
 
-def _no_token(text: str, texts: Mapping[str, float], tokenizer: Tokenizer) -> str:
+def _no_token(text: str, found: Set[str], tokenizer: Tokenizer) -> str:
     spaced = f" {text}"
-    if spaced in texts:
+    if spaced in found:
         return (
-            f"--logit-bias: {text!r} is a token after a space alone, which {spaced!r} stands for; "
-            "leave one of them out"
+            f"--logit-bias: {text!r} is a token after a space only, and {spaced!r} has a bias of "
+            "its own; leave one of them out"
         )
     n_tokens = len(tokenizer.encode(text))
     return (

@@ -24,9 +24,14 @@ def size(nbytes: int) -> str:
     return f"{nbytes} bytes"
 
 
+def visible(text: str) -> str:
+    """Return a text with its control characters, but tab and newline, as U+FFFD."""
+    return _CONTROL.sub("\ufffd", text)
+
+
 def write_text(text: str, stream: TextIO) -> None:
     """Write a model's text at once; at a terminal control characters become U+FFFD."""
-    stream.write(_CONTROL.sub("\ufffd", text) if stream.isatty() else text)
+    stream.write(visible(text) if stream.isatty() else text)
     stream.flush()
 
 

@@ -10,11 +10,20 @@ from typing import Any
 from mlx_llama.config import ModelConfig, config_from_hf
 from mlx_llama.errors import CheckpointError, OptionError, UnsupportedModelError
 from mlx_llama.kinds import decide_rope_factor
-from mlx_llama.loading import MAX_JSON_BYTES, decide_folder_kind, open_shards
+from mlx_llama.loading import (
+    GENERATION_NAME,
+    MAX_JSON_BYTES,
+    decide_folder_kind,
+    open_folder_tokenizer,
+    open_shards,
+    read_generation_config,
+    recorded_stop_ids,
+    sampling_defaults,
+)
 from mlx_llama.options import ConvertOptions
 from mlx_llama.strict_json import load_json
 from mlx_llama.tensor_ref import TensorRef
-from mlx_llama.tokenizer import open_tokenizer
+from mlx_llama.tokenizer import Tokenizer
 from mlx_llama.weights import EMBEDDING, OUTPUT, meta_name
 from mlx_llama_convert.shards import LogicalTensor, equal_content
 from mlx_llama_convert.source import CheckpointWeights, SourceModel, check_vocabulary
@@ -31,28 +40,42 @@ def open_huggingface(folder: Path, options: ConvertOptions) -> SourceModel:
     tensors = _logical(folder, refs)
     is_tied = _decide_tied(folder, raw, tensors)
     config = config_from_hf({**raw, "tie_word_embeddings": is_tied}, kind="llama2", is_tied=None)
-    tokenizer = open_tokenizer(folder)
+    tokenizer = open_folder_tokenizer(folder, n_rows=config.vocab_size)
     check_vocabulary(tokenizer, config.vocab_size, is_padded=True)
     kind = decide_folder_kind(folder, raw, config, tokenizer, flag=options.kind)
     config, rope = _with_rope_factor(config, options)
+    generation = read_generation_config(folder)
+    sampling_defaults(folder, generation)  # refused here, as the result would be
     config = replace(
-        config, kind=kind.value, dtype=tensors[EMBEDDING].dtype, bos_id=None, eos_ids=()
+        config,
+        kind=kind.value,
+        dtype=tensors[EMBEDDING].dtype,
+        bos_id=None,
+        eos_ids=recorded_stop_ids(folder, raw, generation, vocab_size=config.vocab_size),
     )
-    generation = folder / "generation_config.json"
-    has_generation = generation.is_file()
     files = [*sorted({ref.path for ref in refs.values()}), folder / "config.json", tokenizer.path]
     return SourceModel(
         path=folder,
         layout="Hugging Face checkpoint, safetensors",
-        files=(*files, *([generation] if has_generation else [])),
+        files=(*files, *([] if generation is None else [folder / GENERATION_NAME])),
         config=config,
         kind=kind,
         rope=rope,
         tokenizer=tokenizer,
         weights=CheckpointWeights(config, tensors, is_interleaved=False),
-        generation=load_json(generation, max_bytes=MAX_JSON_BYTES) if has_generation else None,
-        notes=("the output is the embedding (tied)",) if is_tied else (),
+        generation=generation,
+        notes=_notes(config, tokenizer),
     )
+
+
+def _notes(config: ModelConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
+    notes = ["the output is the embedding (tied)"] if config.tied else []
+    if n_unnamed := config.vocab_size - tokenizer.vocab_size:
+        notes.append(
+            f"{n_unnamed} rows of the embedding have no token in {tokenizer.path.name}; only those "
+            "that end an answer are ever chosen"
+        )
+    return tuple(notes)
 
 
 def _logical(folder: Path, refs: Mapping[str, TensorRef]) -> dict[str, LogicalTensor]:
@@ -94,6 +117,12 @@ def _with_rope_factor(
         if options.rope_factor is not None:
             raise OptionError("--rope-factor: config.json has no RoPE scaling to give a factor to")
         return config, None
+    rope_type = config.rope_scaling.rope_type
+    if options.rope_factor is not None and rope_type != "llama3":
+        raise OptionError(
+            f"--rope-factor: is for Llama 3.1's RoPE scaling, config.json has {rope_type} scaling; "
+            "leave it out"
+        )
     factor, reason = decide_rope_factor(
         flag=options.rope_factor,
         recorded=config.rope_scaling.factor,

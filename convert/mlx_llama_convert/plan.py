@@ -15,8 +15,8 @@ from mlx_llama.config import ModelConfig, QuantFormat
 from mlx_llama.dtypes import DTYPES
 from mlx_llama.errors import OptionError
 from mlx_llama.kinds import kind_named
+from mlx_llama.llama import stop_ids
 from mlx_llama.options import ConvertOptions
-from mlx_llama.tokenizer import Tokenizer
 from mlx_llama.weights import count_formats, hf_module, is_matrix
 from mlx_llama_convert.safetensors_writer import Entry, entry_nbytes
 from mlx_llama_convert.source import SourceModel
@@ -120,20 +120,15 @@ def _config(
             for name, form in forms.items()
             if is_matrix(name) and form != spec.default
         }
+    stops = stop_ids(kind_named(source.config.kind), source.tokenizer, source.config.eos_ids)
     return replace(
         source.config,
         dtype=options.dtype or source.config.dtype,
         quantization=spec.default if spec else None,
         overrides=overrides,
         bos_id=source.tokenizer.bos_id,
-        eos_ids=_eos_ids(source.config.kind, source.tokenizer),
+        eos_ids=tuple(sorted(stops)),
     )
-
-
-def _eos_ids(kind: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    specials = tokenizer.special_tokens
-    named = {specials[name] for name in kind_named(kind).stops if name in specials}
-    return tuple(sorted({tokenizer.eos_id, *named}))
 
 
 def _notes(
