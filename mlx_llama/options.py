@@ -83,7 +83,7 @@ def _problem(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str | None:
         return f"found {value!r}, expected one of {', '.join(map(str, choices))}"
     if low is None and high is None:
         return None
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return f"found {value}, expected a number"
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
@@ -119,8 +119,8 @@ class SamplingOptions(_Checked):
 
     temperature: float | None = _option(
         None,
-        "randomness; 0 always takes the likeliest token, whatever the filters (default: the model's, "
-        "or 0.6)",
+        "randomness; 0 always takes the likeliest token, whatever the filters "
+        "(default: the model's, or 0.6)",
         low=0.0,
         high=100.0,
     )
@@ -185,10 +185,10 @@ class GenerationOptions(SamplingOptions):
         if "" in self.stop:
             raise OptionError("--stop: an empty text would stop every answer; leave it out")
         for text, bias in self.logit_bias.items():
-            if not bias <= MAX_BIAS:  # false for nan, too
+            if bias != -math.inf and not -MAX_BIAS <= bias <= MAX_BIAS:
                 raise OptionError(
-                    f"--logit-bias: {text!r} has {bias}, expected a number up to {MAX_BIAS:g}, or "
-                    "-inf to ban the token"
+                    f"--logit-bias: {text!r} has {bias}, expected a number from {-MAX_BIAS:.0f} to "
+                    f"{MAX_BIAS:.0f}, or -inf to ban the token"
                 )
 
 
