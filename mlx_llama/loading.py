@@ -19,7 +19,7 @@ from mlx_llama.errors import CheckpointError, TokenizerError, UnsupportedModelEr
 from mlx_llama.kinds import KINDS, Decision, base_kind, decide_kind, kind_named
 from mlx_llama.llama import Llama, stop_ids
 from mlx_llama.safetensors_reader import open_safetensors
-from mlx_llama.sampling import SamplingDefaults
+from mlx_llama.sampling import SamplingDefaults, sampling_defaults
 from mlx_llama.strict_json import load_json
 from mlx_llama.tensor_ref import TensorRef
 from mlx_llama.tokenizer import Tokenizer, open_tokenizer
@@ -144,7 +144,9 @@ def open_model_directory(path: Path) -> ModelDirectory:
     stops = stop_ids(kind_named(kind.value), tokenizer, config.eos_ids)
     padding = frozenset(range(tokenizer.vocab_size, config.vocab_size))
     sampling = replace(
-        sampling_defaults(path, generation), padding=padding - stops, unnamed_stops=padding & stops
+        sampling_defaults(generation or {}, where=str(path / GENERATION_NAME)),
+        padding=padding - stops,
+        unnamed_stops=padding & stops,
     )
     return ModelDirectory(path, own_entry(raw), config, kind, tokenizer, tensors, sampling)
 
@@ -365,35 +367,3 @@ def recorded_stop_ids(
                 )
             ids.add(token)
     return tuple(sorted(ids))
-
-
-def sampling_defaults(path: Path, generation: Mapping[str, Any] | None) -> SamplingDefaults:
-    """Take what a folder's generation_config.json recommends.
-
-    Raises CheckpointError for a value that cannot be.
-    """
-    raw, file = generation or {}, path / GENERATION_NAME
-    is_sampled = raw.get("do_sample")
-    if is_sampled not in (None, False, True):
-        raise CheckpointError(f"{file}: do_sample is {is_sampled!r:.60}, expected true or false")
-
-    def number(name: str, low: float, high: float, *, is_whole: bool = False) -> Any:
-        value = raw.get(name)
-        if value is None:
-            return None
-        is_number = isinstance(value, int if is_whole else int | float)
-        if isinstance(value, bool) or not is_number or not low <= value <= high:
-            what = "a whole number" if is_whole else "a number"
-            raise CheckpointError(
-                f"{file}: {name} is {repr(value)[:60]}, expected {what} from {low:g} to {high:g}"
-            )
-        return value
-
-    temperature = number("temperature", 0.0, 100.0)
-    return SamplingDefaults(
-        temperature=0.0 if is_sampled is False else temperature,
-        top_p=number("top_p", 0.0, 1.0),
-        top_k=number("top_k", 0, 1 << 21, is_whole=True),
-        min_p=number("min_p", 0.0, 1.0),
-        repetition_penalty=number("repetition_penalty", 0.01, 100.0),
-    )

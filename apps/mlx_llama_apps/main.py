@@ -26,6 +26,7 @@ from cyclopts import (
 import mlx_llama
 from mlx_llama.errors import MlxLlamaError, OptionError
 from mlx_llama_apps import chat, convert, run, show, verify
+from mlx_llama_apps.terminal import visible
 
 EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 1, 2, 130
 WHAT_TO_GIVE = {
@@ -102,7 +103,7 @@ def run_main() -> None:
 def _fail(line: str, code: int, is_debugged: bool) -> int:
     if is_debugged:
         traceback.print_exc()
-    print(f"mlx-llama: {' '.join(line.split())}", file=sys.stderr)
+    print(visible(f"mlx-llama: {' '.join(line.split())}"), file=sys.stderr)
     return code
 
 

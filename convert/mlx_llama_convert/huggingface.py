@@ -18,9 +18,9 @@ from mlx_llama.loading import (
     open_shards,
     read_generation_config,
     recorded_stop_ids,
-    sampling_defaults,
 )
 from mlx_llama.options import ConvertOptions
+from mlx_llama.sampling import sampling_defaults
 from mlx_llama.strict_json import load_json
 from mlx_llama.tensor_ref import TensorRef
 from mlx_llama.tokenizer import Tokenizer
@@ -45,7 +45,8 @@ def open_huggingface(folder: Path, options: ConvertOptions) -> SourceModel:
     kind = decide_folder_kind(folder, raw, config, tokenizer, flag=options.kind)
     config, rope = _with_rope_factor(config, options)
     generation = read_generation_config(folder)
-    sampling_defaults(folder, generation)  # refused here, as the result would be
+    # Refused here what would be written into a directory that does not load.
+    sampling_defaults(generation or {}, where=str(folder / GENERATION_NAME))
     config = replace(
         config,
         kind=kind.value,

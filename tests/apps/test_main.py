@@ -208,7 +208,7 @@ def test_ctrl_c_in_a_conversion_leaves_nothing(tmp_path: Path, home: Path) -> No
         "from mlx_llama_quantize import packing\n"
         "from mlx_llama_apps.main import main\n"
         "pack = packing._pack\n"
-        "packing._pack = lambda *a: (print('packing', flush=True), time.sleep(0.5), pack(*a))[2]\n"
+        "packing._pack = lambda *a: (print('packing\\n', end='', flush=True), time.sleep(0.5), pack(*a))[2]\n"
         "sys.exit(main())\n"
     )
     process = subprocess.Popen(
@@ -258,7 +258,7 @@ def test_killed_conversion_leaves_one_folder_that_the_next_replaces(
         "import sys, time\n"
         "from mlx_llama_quantize import packing\n"
         "from mlx_llama_apps.main import main\n"
-        "packing._pack = lambda *a: (print('packing', flush=True), time.sleep(60))\n"
+        "packing._pack = lambda *a: (print('packing\\n', end='', flush=True), time.sleep(60))\n"
         "sys.exit(main())\n"
     )
     arguments = ["convert", str(source), "-o", str(tmp_path / "out")]

@@ -185,6 +185,20 @@ def test_cancelling_in_prefill_keeps_whole_slices(
 def test_no_tokens_asked_for_is_one_empty_step(llama: Llama) -> None:
     (step,) = llama.stream("hello", max_tokens=0)
     assert (step.token_id, step.text, step.finish_reason) == (None, "", "length")
+    assert step.stats is not None
+    assert step.stats.prompt_tokens_per_s == 0.0  # nothing was computed
+
+
+def test_prompt_rate_counts_what_was_computed(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "prefill_chunk", lambda: 2)
+    cancel = threading.Event()
+    steps = llama.stream([1, 5, 6, 7, 8, 9], cancel=cancel, on_prefill=lambda *_: cancel.set())
+    (step,) = steps
+    assert step.stats is not None
+    computed = step.stats.prompt_tokens_per_s * step.stats.time_to_first_token_s
+    assert computed == pytest.approx(2)
 
 
 def test_logprobs_are_those_of_the_logits(llama: Llama) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,26 @@ import numpy as np
 import pytest
 
 import mlx_llama
+from mlx_llama import Llama
 from mlx_llama.config import QuantFormat
 from mlx_llama.errors import CheckpointError, MlxLlamaError, TokenizerError, UnsupportedModelError
 from mlx_llama.linear import Dense, Packed, Stack
 from mlx_llama.loading import INDEX_NAME, open_model_directory
+from mlx_llama.model import LlamaModel
 from mlx_llama.sampling import SamplingDefaults
+from mlx_llama.tokenizer import open_tokenizer
+from mlx_llama.tokenizer.spm import SentencePieceTokenizer
+from mlx_llama.tokenizer.spm_proto import SpmModel
+from mlx_llama_convert.tokenizer_json import sentencepiece_json
 from model_folders import TINY, TINY_SCALED, arrays_of, convert, write_hf, write_meta
 from random_models import CASES, Weights, random_model, write_safetensors
-from tiny_tokenizers import write_tiktoken
+from tiny_tokenizers import tiny_spm, write_spm, write_tiktoken
 
 # Of the largest logit: the same float32 sums in another order.
 ORDER_TOLERANCE = 2e-5
 NORM = "model.norm.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
+UNSUPPORTED = UnsupportedModelError
 Raw = dict[str, Any]
 
 
@@ -226,15 +234,56 @@ def test_the_kind_comes_from_record_template_and_name(tmp_path: Path) -> None:
     assert mlx_llama.load(folder).kind.name == "llama1"
 
 
+def test_names_are_read_from_links_and_from_a_download_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the last part of the resolved path was looked at, which is a commit's number there."""
+    folder = write_hf(tmp_path / "models--meta-llama--Llama-2-7b-chat-hf" / "snapshots" / "08751db")
+    assert open_model_directory(folder).kind.value == "llama2-chat"
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    assert open_model_directory(link).kind.value == "llama2-chat"
+    blob = folder.rename(tmp_path / "blob123")
+    link = tmp_path / "CodeLlama-7b-Instruct-hf"
+    link.symlink_to(blob)
+    assert open_model_directory(link).kind.value == "codellama-instruct"
+    assert open_model_directory(blob).kind.value == "llama2"
+    blob.rename(tmp_path / "Llama-2-7b-chat")
+    monkeypatch.chdir(tmp_path / "Llama-2-7b-chat")
+    assert open_model_directory(Path()).kind.value == "llama2-chat"
+
+
+@pytest.mark.parametrize(
+    ("templates", "kind"),
+    [
+        ([{"name": "default", "template": "[INST]"}], "llama2-chat"),
+        ([{"name": "tool_use", "template": "x"}, {"name": "default", "template": "[INST]"}],
+         "llama2-chat"),
+        ([{"name": "rag", "template": "[INST]"}, {"name": "tool_use", "template": "x"}],
+         "llama2-chat"),
+        ([], "llama2"),
+        (["[INST]", {"name": "default"}], "llama2"),
+        ([{"name": "default", "template": 5}], "llama2"),
+        ({"default": "[INST]"}, "llama2"),
+    ],
+)  # fmt: skip
+def test_several_chat_templates_are_a_list(templates: object, kind: str, tmp_path: Path) -> None:
+    """Since transformers 4.37 a model may have some by name; they were not read."""
+    folder = write_hf(tmp_path / "model")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    assert open_model_directory(folder).kind.value == kind
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
         ({}, SamplingDefaults()),
         ({"temperature": 0.7, "top_p": 0.8, "top_k": 40}, SamplingDefaults(0.7, 0.8, 40)),
         ({"do_sample": False, "temperature": 0.7}, SamplingDefaults(temperature=0.0)),
+        ({"do_sample": False, "repetition_penalty": 1.2},
+         SamplingDefaults(temperature=0.0, repetition_penalty=1.2)),
+        ({"do_sample": True, "min_p": 0.05, "top_p": None}, SamplingDefaults(min_p=0.05)),
         ({"repetition_penalty": 1.1}, SamplingDefaults(repetition_penalty=1.1)),
-        ({"temperature": -1, "top_p": "x", "top_k": 1e99, "repetition_penalty": True},
-         SamplingDefaults()),
     ],
 )  # fmt: skip
 def test_sampling_defaults_are_those_of_the_directory(
@@ -244,6 +293,134 @@ def test_sampling_defaults_are_those_of_the_directory(
     assert mlx_llama.load(folder).sampling_defaults == SamplingDefaults()
     (folder / "generation_config.json").write_text(json.dumps(content))
     assert mlx_llama.load(folder).sampling_defaults == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"temperature": "hot"}, ("temperature is 'hot'", "a number from 0 to 100")),
+        ({"temperature": -1}, ("temperature is -1",)),
+        ({"do_sample": False, "temperature": "hot"}, ("temperature is 'hot'",)),
+        ({"do_sample": "no"}, ("do_sample is 'no'", "true or false")),
+        ({"top_p": 2}, ("top_p is 2",)),
+        ({"top_k": 1e99}, ("top_k is 1e+99", "a whole number")),
+        ({"min_p": []}, ("min_p is []",)),
+        ({"repetition_penalty": True}, ("repetition_penalty is True",)),
+        ({"eos_token_id": "x"}, ("eos_token_id is 'x'", "from 0 to 319")),
+        ({"eos_token_id": [2, 320]}, ("eos_token_id is [2, 320]",)),
+        ({"eos_token_id": -1}, ("eos_token_id is -1",)),
+        ({"eos_token_id": True}, ("eos_token_id is True",)),
+    ],
+)
+def test_recommendations_that_cannot_be_are_refused(
+    content: Raw, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    """They were ignored, and the model answered with other settings than its makers'."""
+    folder = write_hf(tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    refused(folder, "generation_config.json: ", *words)
+
+
+def test_stop_ids_are_those_of_all_files(tmp_path: Path) -> None:
+    """generation_config.json, where Llama 3's releases name <|eot_id|>, was not read."""
+    folder = write_hf(tmp_path / "model", change=lambda _, raw: raw.update(eos_token_id=7))
+    assert mlx_llama.load(folder).stop_ids == {2, 7}
+    for ids, expected in ((9, {2, 7, 9}), ([9, 7, 11], {2, 7, 9, 11}), (None, {2, 7})):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        assert mlx_llama.load(folder).stop_ids == expected
+
+
+def test_ends_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    folder = write_hf(tmp_path / "model", change=lambda _, raw: raw.update(eos_token_id=[2, 999]))
+    refused(folder, "config.json: eos_token_id is [2, 999], expected token ids from 0 to 319")
+
+
+def test_the_dtype_of_the_weights_is_the_stored_one(tmp_path: Path) -> None:
+    folder = write_hf(tmp_path / "model", change=lambda _, raw: raw.update(torch_dtype="bfloat16"))
+    assert open_model_directory(folder).stored_dtype == "float32"
+
+
+# --- a tokenizer with fewer tokens than the embedding has rows -----------------------------------
+
+ADDED = ("<|im_start|>", "<|im_end|>")
+
+
+def write_padded(folder: Path, *, specials: tuple[str, ...] | None = None, **changes: Any) -> Path:
+    """Write TINY (320 rows) with a tokenizer.model of 314 tokens.
+
+    specials: what a tokenizer.json has behind them; None writes none.
+    """
+    write_hf(folder, change=lambda _, raw: raw.update(changes))
+    if specials is not None:
+        more = open_tokenizer(write_spm(folder / "tokenizer.model", tiny_spm(specials=specials)))
+        assert isinstance(more, SentencePieceTokenizer)
+        (folder / "tokenizer.json").write_text(json.dumps(sentencepiece_json(more)))
+    write_spm(folder / "tokenizer.model")
+    return folder
+
+
+def likely(llama: Llama, monkeypatch: pytest.MonkeyPatch, *tokens: int) -> None:
+    """Make the model find these tokens the likeliest at each step, the first one most."""
+    row = mx.zeros(llama.config.vocab_size)
+    for rank, token in enumerate(tokens):
+        row = row.at[token].add(90.0 - 10 * rank)
+
+    def logits(_: LlamaModel, hidden: mx.array) -> mx.array:
+        return mx.broadcast_to(row, (*hidden.shape[:-1], row.size))
+
+    monkeypatch.setattr(LlamaModel, "logits", logits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_without_a_token_are_never_drawn(
+    temperature: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a row was drawn, and the answer ended in "token id 319 is not between 0 and 313"."""
+    llama = mlx_llama.load(write_padded(tmp_path / "model"))
+    likely(llama, monkeypatch, 319, 314, 70)
+    steps = list(llama.stream("the", temperature=temperature, max_tokens=3))
+    assert [step.token_id for step in steps] == [70, 70, 70]
+
+
+def test_rows_that_end_an_answer_need_no_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = mlx_llama.load(write_padded(tmp_path / "model", eos_token_id=315))
+    likely(llama, monkeypatch, 319, 315, 70)
+    (step,) = llama.stream("the", temperature=0, max_tokens=3)
+    assert (step.token_id, step.finish_reason) == (315, "eos")
+    steps = list(llama.stream("the", temperature=0, max_tokens=3, ignore_eos=True))
+    assert [step.token_id for step in steps] == [70, 70, 70]
+
+
+def test_added_tokens_are_read_from_the_tokenizer_json(tmp_path: Path) -> None:
+    """A ChatML model's <|im_end|> stands in tokenizer.json alone, which was not looked at."""
+    folder = write_padded(tmp_path / "model", specials=ADDED)
+    llama = mlx_llama.load(folder)
+    assert llama.tokenizer.path.name == "tokenizer.json"
+    assert [llama.tokenizer.special_tokens[name] for name in ADDED] == [314, 315]
+    assert llama.sampling_defaults.padding == {316, 317, 318, 319}
+    plain = open_tokenizer(folder / "tokenizer.model")
+    assert llama.tokenizer.encode("hello the") == plain.encode("hello the")
+
+
+@pytest.mark.parametrize("name", ["damaged", "too large", "another", "no larger"])
+def test_a_tokenizer_json_that_does_not_fit_is_passed_over(name: str, tmp_path: Path) -> None:
+    specials = tuple(f"<{n}>" for n in range({"too large": 7, "no larger": 0}.get(name, 2)))
+    folder = write_padded(tmp_path / "model", specials=specials)
+    file = folder / "tokenizer.json"
+    if name == "damaged":
+        file.write_text(file.read_text()[:-20])
+    elif name == "another":
+        pieces = list(tiny_spm(specials=specials).pieces)
+        at = next(i for i, piece in enumerate(pieces) if piece.text == "日")
+        pieces[at] = replace(pieces[at], text="月")
+        other = open_tokenizer(write_spm(folder / "other.model", SpmModel(tuple(pieces))))
+        assert isinstance(other, SentencePieceTokenizer)
+        file.write_text(json.dumps(sentencepiece_json(other)))
+    llama = mlx_llama.load(folder)
+    assert llama.tokenizer.path.name == "tokenizer.model"
+    assert llama.sampling_defaults.padding == frozenset(range(314, 320))
 
 
 # --- what is refused ---------------------------------------------------------------------------
@@ -365,6 +542,46 @@ def test_an_empty_index_is_no_whole_model(tmp_path: Path) -> None:
     refused(folder, "missing")
 
 
+def test_an_index_names_safetensors_alone(tmp_path: Path) -> None:
+    """MLX was given weights.bin and raised a ValueError of its own."""
+    folder = write_hf(tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "weights.bin")
+    write_index(folder, dict.fromkeys(random_model(TINY)[0], "weights.bin"))
+    refused(folder, INDEX_NAME, "names 'weights.bin'", "end in .safetensors")
+
+
+def test_an_index_that_leaves_a_tensor_out_is_refused(tmp_path: Path) -> None:
+    """transformers takes the index's word; here the tensor was loaded all the same."""
+    folder = write_hf(tmp_path / "model")
+    weight_map = split(folder)
+    file = weight_map.pop("lm_head.weight")
+    write_index(folder, weight_map)
+    refused(folder, INDEX_NAME, f"does not name tensor lm_head.weight of {file}")
+
+
+def test_an_index_that_is_wrong_about_a_tensor_is_refused(tmp_path: Path) -> None:
+    folder = write_hf(tmp_path / "model")
+    weight_map = split(folder)
+    other = next(file for file in weight_map.values() if file != weight_map[QUERY])
+    write_index(folder, {**weight_map, QUERY: other})
+    refused(folder, INDEX_NAME, f"says that {other} holds tensor {QUERY}")
+    write_index(folder, {**weight_map, "model.layers.9.mlp.up_proj.weight": other})
+    refused(folder, INDEX_NAME, f"says that {other} holds tensor model.layers.9")
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_an_index_may_name_old_buffers_or_not(is_named: bool, tmp_path: Path) -> None:
+    buffer, file = "model.layers.0.self_attn.rotary_emb.inv_freq", shard_name(0)
+    folder = write_hf(tmp_path / "model")
+    weight_map = split(folder)
+    if is_named:
+        write_index(folder, {**weight_map, buffer: file})
+    else:
+        arrays = {n: array for n, array in random_model(TINY)[0].items() if weight_map[n] == file}
+        write_safetensors(folder / file, {**arrays, buffer: np.zeros(32, dtype=np.float32)})
+    assert open_model_directory(folder).tensors.keys() == weight_map.keys()
+
+
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "model")
     weight_map = split(folder)
@@ -445,4 +662,28 @@ def test_an_unknown_recorded_kind_is_refused(kind: str, tmp_path: Path) -> None:
     folder = write_hf(
         tmp_path / "model", change=lambda _, raw: raw.update(mlx_llama={"kind": kind})
     )
-    refused(folder, repr(kind), "llama2-chat", kind=MlxLlamaError)
+    refused(folder, f"{folder / 'config.json'}: ", repr(kind), "llama2-chat", kind=UNSUPPORTED)
+
+
+@pytest.mark.parametrize("kind", [5, ["llama2"], True])
+def test_a_recorded_kind_that_is_no_text_is_refused(kind: object, tmp_path: Path) -> None:
+    folder = write_hf(
+        tmp_path / "model", change=lambda _, raw: raw.update(mlx_llama={"kind": kind})
+    )
+    refused(folder, f"mlx_llama.kind is {kind!r}", kind=UNSUPPORTED)
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "words"),
+    [
+        (TINY, "llama3-instruct", ("has a tiktoken tokenizer", "here is SentencePiece")),
+        (TINY_SCALED, "llama2", ("has a SentencePiece tokenizer", "here is tiktoken")),
+    ],
+)
+def test_a_recorded_kind_of_the_other_tokenizer_is_refused(
+    case: Any, kind: str, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = write_hf(
+        tmp_path / "model", case, change=lambda _, raw: raw.update(mlx_llama={"kind": kind})
+    )
+    refused(folder, f"{folder / 'config.json'}: mlx_llama.kind {kind}", *words, kind=UNSUPPORTED)

@@ -29,8 +29,25 @@ def test_every_option_has_help(options: type) -> None:
         ({"seed": 2**32}, "--seed"),
         ({"seed": True}, "--seed"),
         ({"stop": [""]}, "--stop: an empty text"),
-        ({"stop": "abc"}, "--stop: expected a list"),
-        ({"logit_bias": {"a": float("nan")}}, "--logit-bias: 'a'"),
+        ({"stop": "abc"}, "--stop: found 'abc', expected a list of texts"),
+        ({"stop": None}, "--stop: found None, expected a list of texts"),
+        ({"stop": ["a", 1]}, "--stop: found ['a', 1], expected a list of texts"),
+        ({"max_tokens": 2.5}, "--max-tokens: found 2.5, expected a whole number"),
+        ({"top_k": 2.5}, "--top-k: found 2.5, expected a whole number"),
+        ({"logprobs": 1.5}, "--logprobs: found 1.5, expected a whole number"),
+        ({"logprobs": None}, "--logprobs: found None, expected a whole number"),
+        ({"seed": 1.5}, "--seed: found 1.5, expected a whole number"),
+        ({"temperature": True}, "--temperature: found True, expected a number"),
+        ({"temperature": 10**400}, "--temperature: found 1000"),
+        ({"presence_penalty": None}, "--presence-penalty: found None, expected a number"),
+        ({"ignore_eos": "no"}, "--ignore-eos: found 'no', expected True or False"),
+        ({"ignore_eos": 1}, "--ignore-eos: found 1, expected True or False"),
+        ({"logit_bias": [1]}, "--logit-bias: found [1], expected texts with a number each"),
+        ({"logit_bias": {5: 1.0}}, "--logit-bias: found {5: 1.0}, expected texts with a number"),
+        ({"logit_bias": {"a": None}}, "--logit-bias: found {'a': None}, expected texts with"),
+        ({"logit_bias": {"a": float("nan")}}, "--logit-bias: 'a' has nan, expected a number from"),
+        ({"logit_bias": {"a": float("inf")}}, "--logit-bias: 'a' has inf, expected a number from"),
+        ({"logit_bias": {"a": 1e39}}, "or -inf to ban the token"),
         ({"temprature": 1}, "did you mean 'temperature'"),
         ({"zzz": 1}, "choose from"),
     ],
@@ -39,6 +56,28 @@ def test_wrong_options_are_refused_by_name(given: dict[str, Any], text: str) -> 
     with pytest.raises(OptionError) as caught:
         generation_options(given)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": 1, "top_p": 0},  # whole numbers are numbers
+        {"stop": ("a", "b")},
+        {"logit_bias": {"a": float("-inf"), "b": 2}},
+        {"temperature": None, "min_p": None, "seed": None, "max_tokens": None},
+    ],
+)
+def test_what_fits_its_type_is_taken(given: dict[str, Any]) -> None:
+    options = generation_options(given)
+    assert {name: getattr(options, name) for name in given} == given
+
+
+@pytest.mark.parametrize(
+    "given", [{"bits": 4.0}, {"bits": None}, {"quantize": 1}, {"dtype": 16}, {"rope_factor": "8"}]
+)
+def test_options_of_conversions_have_types_too(given: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=r"found .*, expected"):
+        ConvertOptions(**given)
 
 
 def test_choices_are_listed() -> None:
@@ -51,5 +90,9 @@ def test_order_of_defaults_is_option_then_model_then_metas() -> None:
     filled = model.fill(GenerationOptions(temperature=0.1, seed=3))
     assert (filled.temperature, filled.top_p, filled.top_k) == (0.1, 0.9, 7)
     assert (filled.repetition_penalty, filled.seed) == (1.0, 3)
+    assert filled.min_p == 0.0
+    model = SamplingDefaults(min_p=0.05)
+    assert model.fill(GenerationOptions()).min_p == 0.05
+    assert model.fill(GenerationOptions(min_p=0.0)).min_p == 0.0
     assert SamplingDefaults().fill(GenerationOptions()).temperature == 0.6
     assert SamplingDefaults().fill(GenerationOptions()).seed is not None

@@ -115,6 +115,39 @@ def test_bias_comes_before_temperature_and_can_ban() -> None:
     assert draw(sampler(bias={0: -np.inf}, temperature=0), logits) == 1
 
 
+def test_banned_tokens_are_never_drawn_however_likely() -> None:
+    """Rows behind the tokenizer's tokens were drawn, and the detokenizer ended the answer."""
+    defaults = SamplingDefaults(padding=frozenset({0, 1}), unnamed_stops=frozenset({2}))
+    logits = [90.0, 80.0, 70.0, 60.0] + [-9.0] * 8
+
+    def drawn(**options: Any) -> int:
+        filled = defaults.fill(GenerationOptions(seed=0, **options))
+        return draw(Sampler(filled, vocab_size=VOCAB, prompt=[], bias={0: 5.0}), logits)
+
+    for temperature in (0.0, 1.0):
+        assert drawn(temperature=temperature) == 2  # it ends the answer
+        assert drawn(temperature=temperature, ignore_eos=True) == 3
+
+
+def test_tiny_temperature_takes_the_likeliest() -> None:
+    """Logits divided by 1e-40 are infinite, and what was drawn of them was garbage."""
+    logits = [float(i % 7) for i in range(VOCAB)]
+    for temperature in (1e-300, 1e-40, 1e-5):
+        assert draw(sampler(temperature=temperature), logits) == 6
+    assert draw(sampler(temperature=1e-4), logits) == 6
+
+
+def test_the_spaced_token_has_its_own_bias_where_one_is_given(tmp_path: Path) -> None:
+    """The plain text's bias, which counts for the token after a space, took its place."""
+    spm = open_tokenizer(write_spm(tmp_path / "tokenizer.model"))
+    for texts in ({"hello": 1.0, " hello": 2.0}, {" hello": 2.0, "hello": 1.0}):
+        found = bias_by_token(texts, spm)
+        by_bytes = {spm.token_bytes(token): bias for token, bias in found.items()}
+        assert by_bytes == {b"hello": 1.0, b" hello": 2.0}
+    with pytest.raises(OptionError, match="'the' is a token after a space only"):
+        bias_by_token({"the": 1.0, " the": 2.0}, spm)
+
+
 def test_bias_by_text_finds_the_token_with_and_without_a_space(tmp_path: Path) -> None:
     spm = open_tokenizer(write_spm(tmp_path / "tokenizer.model"))
     found = bias_by_token({"hello": 2.0}, spm)
