@@ -45,7 +45,6 @@ OnProgress = Callable[[int, int, str], None]  # bytes there, bytes in all, file
 
 LIST_TIMEOUT_S = 30.0
 RETRY_PAUSES_S = (0.5, 1.0, 2.0, 4.0)  # between attempts that brought nothing
-CHUNK_BYTES = 1 << 20
 USER_AGENT = f"mlx-llama/{mlx_llama.__version__}"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -236,7 +235,7 @@ def _receive(
         place = response.headers.get("content-range", "")
         if response.status_code != 206 or not place.startswith(f"bytes {partial.nbytes}-"):
             partial.restart()  # what comes is the whole file
-        for chunk in response.iter_bytes(CHUNK_BYTES):
+        for chunk in response.iter_bytes():
             partial.write(chunk)
             on_bytes(min(partial.nbytes, file.nbytes))
             if partial.nbytes > file.nbytes:

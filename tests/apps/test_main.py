@@ -148,7 +148,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_imports_no_mlx(home: Path) -> None:
     code = (
         "import sys; from mlx_llama_apps.main import main; main(['run', '--help'])\n"
-        "bad = [m for m in ('mlx.core', 'numpy', 'tiktoken', 'sentencepiece', 'prompt_toolkit')"
+        "bad = [m for m in ('mlx.core', 'numpy', 'tiktoken', 'sentencepiece', 'prompt_toolkit',"
+        " 'huggingface_hub')"
         " if m in sys.modules]\n"
         "sys.exit(str(bad) if bad else 0)"
     )
