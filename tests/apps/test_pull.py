@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -45,9 +46,11 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServe
 
 @pytest.fixture
 def meta(server: HubServer, tmp_path: Path) -> Path:
-    """A Meta checkpoint, which the hub has in original/."""
+    """A Meta checkpoint, which the hub has in original/, its license above."""
     folder = write_meta(tmp_path / "Llama-3.2-1B-Instruct", is_tiktoken=True)
-    server.add(NAME, {**files_of(folder, "original/"), "README.md": b"x", "LICENSE.txt": b"terms"})
+    original = files_of(folder, "original/")
+    (folder / "LICENSE.txt").write_bytes(b"terms")
+    server.add(NAME, {**original, "README.md": b"x", "LICENSE.txt": b"terms"})
     return folder
 
 
@@ -63,8 +66,9 @@ def environment(server: HubServer, tmp_path: Path) -> dict[str, str]:
 
 
 def model_files(folder: Path) -> dict[str, bytes]:
-    """Return what a conversion made, but the manifest, which holds the command."""
-    return {name: data for name, data in files_of(folder).items() if name != "manifest.json"}
+    """Return what a conversion made, but what says where it comes from."""
+    told = ("manifest.json", "README.md")
+    return {name: data for name, data in files_of(folder).items() if name not in told}
 
 
 def test_metas_files_by_name_give_the_bytes_of_the_local_folder(
@@ -78,6 +82,12 @@ def test_metas_files_by_name_give_the_bytes_of_the_local_folder(
     assert captured.out == f"{out}\n"
     assert "kind      llama3.2-instruct (the name 'Llama-3.2-1B-Instruct')" in captured.err
     assert model_files(out) == model_files(tmp_path / "local")
+    source = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["source"]
+    assert (source["name"], source["repository"]) == ("Llama-3.2-1B-Instruct", NAME)
+    assert source["commit"] == COMMIT
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("# Llama-3.2-1B-Instruct\n")
+    assert f"({NAME}, commit {COMMIT})" in card
     fetched = {request.path.rpartition("/")[2] for request in server.asked("GET", "/resolve/")}
     assert fetched == {"LICENSE.txt", "params.json", "tokenizer.model", "consolidated.00.pth"}
 
@@ -86,6 +96,7 @@ def test_safetensors_by_name_give_the_bytes_of_the_local_folder(
     server: HubServer, meta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_hf(tmp_path / "hf-local" / "Llama-3.2-1B-Instruct", TINY_SCALED)
+    (folder / "LICENSE.txt").write_bytes(b"terms")
     server.repositories[NAME].files.update(files_of(folder))
     assert main(["convert", str(folder), "-o", str(tmp_path / "local")]) == 0
     assert main(["convert", NAME, "-o", str(tmp_path / "out")]) == 0
