@@ -90,7 +90,7 @@ def commands_of(
         return [ours, "convert", str(source), "--bits", "4", "-o", str(output(work, name))]
 
     def python(n_threads: int, target: str) -> list[str]:
-        return [sys.executable, "-c", PYTHON, str(folder), str(n_threads), target]
+        return [sys.executable, "-P", "-c", PYTHON, str(folder), str(n_threads), target]
 
     commands = {OURS: convert(folder, OURS)}
     if peer_python:

@@ -93,7 +93,7 @@ def chosen_dtype(model: Path) -> str:
         "t = ops.compute_dtype(s, is_quantized=d.is_quantized, asked=None)\n"
         "print(str(t).rpartition('.')[2])"
     )
-    return run([sys.executable, "-c", code, str(model)]).output.strip()
+    return run([sys.executable, "-P", "-c", code, str(model)]).output.strip()
 
 
 def measure(engine: str, given: argparse.Namespace) -> dict[str, Any]:

@@ -26,11 +26,11 @@ def main() -> None:
     given = parser.parse_args()
     command = str(Path(sys.executable).with_name("mlx-llama"))
     commands = {
-        BARE: [sys.executable, "-c", "pass"],
+        BARE: [sys.executable, "-P", "-c", "pass"],
         "mlx-llama --help": [command, "--help"],
         "mlx-llama run --help": [command, "run", "--help"],
-        "import mlx_llama": [sys.executable, "-c", "import mlx_llama"],
-        "from mlx_llama import load": [sys.executable, "-c", "from mlx_llama import load"],
+        "import mlx_llama": [sys.executable, "-P", "-c", "import mlx_llama"],
+        "from mlx_llama import load": [sys.executable, "-P", "-c", "from mlx_llama import load"],
     }
     if given.peer_python:
         commands["import mlx_lm"] = [given.peer_python, "-c", "import mlx_lm"]

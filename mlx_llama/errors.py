@@ -35,3 +35,7 @@ class OptionError(MlxLlamaError, ValueError):
 
 class OutputError(MlxLlamaError):
     """The output cannot be written: it exists, or the disk refuses."""
+
+
+class DownloadError(MlxLlamaError):
+    """The hub or the network refuses: no access, no such repository, no connection, wrong bytes."""

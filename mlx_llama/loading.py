@@ -280,9 +280,11 @@ def decide_folder_kind(
     tokenizer: Tokenizer,
     *,
     flag: str | None = None,
+    name: str | None = None,
 ) -> Decision:
-    """Choose the kind of a folder in Hugging Face's layout; raw is its config.json.
+    """Choose the kind of a folder in Hugging Face's layout.
 
+    raw: its config.json. name: what the model is called, where the folder's name does not tell.
     Raises UnsupportedModelError for a recorded kind that is unknown or of the other tokenizer.
     """
     is_tiktoken = tokenizer.family == "tiktoken"
@@ -290,7 +292,7 @@ def decide_folder_kind(
         flag=flag,
         recorded=None if flag else _recorded_kind(path, raw, is_tiktoken=is_tiktoken),
         chat_template=_chat_template_text(path),
-        names=[*_names(path), str(raw.get("_name_or_path", ""))],
+        names=[*([name] if name else []), *_names(path), str(raw.get("_name_or_path", ""))],
         base=base_kind(
             is_tiktoken=is_tiktoken,
             is_rope_scaled=config.rope_scaling is not None,

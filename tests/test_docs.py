@@ -20,7 +20,9 @@ def test_commands_page_is_the_help() -> None:
     assert PAGE.read_text(encoding="utf-8") == page()
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/model-directory.md", "docs/python.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/downloads.md", "docs/model-directory.md", "docs/python.md"]
+)
 def test_commands_and_options_in_documents_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     for command, rest in re.findall(r"mlx-llama (\w+)([^\n|`]*)", text):

@@ -20,13 +20,22 @@ ONLY_IN_APPS = {"rich", "prompt_toolkit", "cyclopts", "platformdirs"}
 NEVER = {"torch", "transformers", "pickle", "tokenizers", "jinja2", "mlx_lm"}
 
 
+# The one file that imports it, and only inside functions: a slow import that most commands do not
+# need.
+ONLY_IN = {"huggingface_hub": PACKAGES["mlx_llama_convert"] / "hub.py"}
+
+
 def imports(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
-            yield node.module or ""
+        yield from imports_of(node)
+
+
+def imports_of(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
 
 
 @pytest.mark.parametrize("package", ORDER)
@@ -39,6 +48,18 @@ def test_packages_import_only_what_is_below_them(package: str) -> None:
             assert top not in NEVER, f"{file} imports {name}"
             if package != "mlx_llama_apps":
                 assert top not in ONLY_IN_APPS, f"{file} imports {name}"
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_some_imports_stay_in_one_file(package: str) -> None:
+    for file in PACKAGES[package].rglob("*.py"):
+        for name in imports(file):
+            top = name.partition(".")[0]
+            assert ONLY_IN.get(top, file) == file, f"{file} imports {name}"
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = imports_of(node)
+                assert not ONLY_IN.keys() & {n.partition(".")[0] for n in names}, f"{file}"
 
 
 @pytest.mark.parametrize("package", ORDER[:-1])

@@ -15,17 +15,19 @@ from mlx_llama.options import ConvertOptions
 from mlx_llama_apps import paths
 from mlx_llama_apps.flags import ConvertFlags, given
 from mlx_llama_apps.progress import byte_bar, remark
+from mlx_llama_apps.pull import fetch, listing_lines
 from mlx_llama_apps.terminal import size
 
 if TYPE_CHECKING:
     from mlx_llama_convert.plan import ConversionPlan
     from mlx_llama_convert.resources import Needs
+    from mlx_llama_convert.source import SourceModel
 
 MAX_THREADS = 8  # packing is bound by memory beyond that
 
 
 def convert(
-    source: Path,
+    source: str,
     /,
     *,
     output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
@@ -35,6 +37,8 @@ def convert(
     force: bool = False,
     verify: bool = False,
     quiet: bool = False,
+    revision: str | None = None,
+    offline: bool = False,
 ) -> None:
     """Turn a checkpoint into a model directory that mlx-llama, mlx-lm and LM Studio load.
 
@@ -44,7 +48,8 @@ def convert(
     ----------
     source
         folder of Meta's files (consolidated.00.pth, params.json, tokenizer.model) or Hugging
-        Face's (config.json, safetensors)
+        Face's (config.json, safetensors), or the name of a hub repository to download, such as
+        meta-llama/Llama-3.2-1B-Instruct
     output
         the directory to write (default: in the models folder, named after source and bits)
     no_quantize
@@ -57,8 +62,12 @@ def convert(
         run 32 tokens through the source's weights and the written ones and compare the logits
     quiet
         print no plan and no progress
+    revision
+        branch, tag or commit of a hub repository (default: main)
+    offline
+        open no connection: take a hub repository's files from the cache
     """
-    from mlx_llama_convert import make_plan, open_source
+    from mlx_llama_convert import make_plan
     from mlx_llama_convert.output import check_target
     from mlx_llama_convert.resources import needs_of
 
@@ -67,10 +76,15 @@ def convert(
         raise OptionError("--bits: does nothing with --no-quantize; leave one of them out")
     options = ConvertOptions(**wanted, quantize=not no_quantize)
     bits = options.bits if options.quantize else None
-    target = output or paths.default_output(source, bits=bits)
+    target = output or paths.default_output(Path(source), bits=bits)
     if not dry_run:
         check_target(target, force=force)
-    plan = make_plan(open_source(source, options), options)
+    opened = _open(
+        source, options, revision=revision, offline=offline, is_dry=dry_run, is_quiet=quiet
+    )
+    if opened is None:
+        return
+    plan = make_plan(opened, options)
     needs = needs_of(
         weights=plan.config.parameter_count,
         output_bytes=plan.output_bytes,
@@ -85,6 +99,40 @@ def convert(
     if not dry_run:
         _carry_out(plan, target, force=force, verify=verify, quiet=quiet)
         print(target)
+
+
+def _open(
+    source: str,
+    options: ConvertOptions,
+    *,
+    revision: str | None,
+    offline: bool,
+    is_dry: bool,
+    is_quiet: bool,
+) -> SourceModel | None:
+    """Open a folder, or a hub repository's files after their download.
+
+    is_dry: where the cache lacks files, say what would be downloaded and return None.
+    """
+    from mlx_llama_convert import hub, open_source
+    from mlx_llama_convert.hub_files import DEFAULT_REVISION, is_hub_name
+    from mlx_llama_convert.source import Origin
+
+    folder = Path(source)
+    if folder.exists() or not is_hub_name(source):
+        if revision is not None:
+            raise OptionError(f"--revision: {source} is no hub repository; leave it out")
+        return open_source(folder, options)
+    revision = revision or DEFAULT_REVISION
+    if offline or hub.is_switched_off():
+        snapshot = hub.find_cached(source, revision=revision)
+    else:
+        listing = hub.look_up(source, revision=revision)
+        if is_dry and listing.missing_nbytes:
+            print(*listing_lines(listing), sep="\n")
+            return None
+        snapshot = fetch(listing, is_quiet=is_quiet)
+    return open_source(snapshot.source, options, origin=Origin(snapshot.name, snapshot.commit))
 
 
 def _carry_out(

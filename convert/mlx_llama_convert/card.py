@@ -22,7 +22,7 @@ def model_card(manifest: dict[str, Any]) -> str:
     lines = [
         f"# {source['name']}",
         "",
-        f"Converted by mlx-llama {manifest['version']} from a {source['layout']}.",
+        f"Converted by mlx-llama {manifest['version']} from a {source['layout']}{_origin(source)}.",
         "",
         "| | |",
         "|---|---|",
@@ -43,6 +43,12 @@ def model_card(manifest: dict[str, Any]) -> str:
         "The license of the source's weights applies to these, too.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _origin(source: dict[str, Any]) -> str:
+    if "repository" not in source:
+        return ""
+    return f" ({source['repository']}, commit {source['commit']})"
 
 
 def _verified(result: dict[str, Any] | None) -> str:

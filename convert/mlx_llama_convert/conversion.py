@@ -240,7 +240,8 @@ def _manifest(
         "mlx_version": version("mlx"),
         "command": [*command],
         "source": {
-            "name": plan.source.path.resolve().name,
+            "name": plan.source.name,
+            **(asdict(plan.source.origin) if plan.source.origin else {}),
             "layout": plan.source.layout,
             "files": [
                 {"name": path.name, "bytes": path.stat().st_size, **sources[path]}

@@ -29,8 +29,10 @@ from mlx_llama_convert.shards import LogicalTensor, equal_content
 from mlx_llama_convert.source import CheckpointWeights, SourceModel, check_vocabulary
 
 
-def open_huggingface(folder: Path, options: ConvertOptions) -> SourceModel:
-    """Describe a folder in Hugging Face's layout."""
+def open_huggingface(
+    folder: Path, options: ConvertOptions, *, name: str | None = None
+) -> SourceModel:
+    """Describe a folder in Hugging Face's layout; name: of the model, beside the folder's."""
     raw = load_json(folder / "config.json", max_bytes=MAX_JSON_BYTES)
     if raw.get("quantization") or raw.get("quantization_config"):
         raise UnsupportedModelError(
@@ -42,7 +44,7 @@ def open_huggingface(folder: Path, options: ConvertOptions) -> SourceModel:
     config = config_from_hf({**raw, "tie_word_embeddings": is_tied}, kind="llama2", is_tied=None)
     tokenizer = open_folder_tokenizer(folder, n_rows=config.vocab_size)
     check_vocabulary(tokenizer, config.vocab_size, is_padded=True)
-    kind = decide_folder_kind(folder, raw, config, tokenizer, flag=options.kind)
+    kind = decide_folder_kind(folder, raw, config, tokenizer, flag=options.kind, name=name)
     config, rope = _with_rope_factor(config, options)
     generation = read_generation_config(folder)
     # Refused here what would be written into a directory that does not load.

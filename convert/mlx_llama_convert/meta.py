@@ -20,8 +20,8 @@ from mlx_llama_convert.source import CheckpointWeights, SourceModel, check_vocab
 MAX_PARAMS_BYTES = 1 << 20
 
 
-def open_meta(folder: Path, options: ConvertOptions) -> SourceModel:
-    """Describe a folder in Meta's layout."""
+def open_meta(folder: Path, options: ConvertOptions, *, name: str | None = None) -> SourceModel:
+    """Describe a folder in Meta's layout; name: of the model, beside the folder's."""
     params_path = folder / "params.json"
     if not params_path.is_file():
         raise CheckpointError(f"{folder}: params.json is missing beside consolidated.00.pth")
@@ -33,7 +33,7 @@ def open_meta(folder: Path, options: ConvertOptions) -> SourceModel:
         [open_pth(shard) for shard in shards], dim=params.dim, vocab_size=params.vocab_size
     )
     is_tied = _drop_tied_output(tensors)
-    kind = _decide_kind(folder, params, tokenizer, is_tied, options)
+    kind = _decide_kind(folder, params, tokenizer, is_tied, options, name)
     scaling, rope = _scaling(params, options, is_tied)
     config = _config(params, tensors, tokenizer, kind, scaling, is_tied)
     check_vocabulary(tokenizer, config.vocab_size, is_padded=False)
@@ -77,6 +77,7 @@ def _decide_kind(
     tokenizer: Tokenizer,
     is_tied: bool,
     options: ConvertOptions,
+    name: str | None,
 ) -> Decision:
     is_tiktoken = tokenizer.family == "tiktoken"
     resolved = folder.resolve()
@@ -84,7 +85,7 @@ def _decide_kind(
         flag=options.kind,
         recorded=None,
         chat_template=None,
-        names=[resolved.name, resolved.parent.name],
+        names=[*([name] if name else []), resolved.name, resolved.parent.name],
         base=base_kind(
             is_tiktoken=is_tiktoken,
             is_rope_scaled=params.is_rope_scaled,

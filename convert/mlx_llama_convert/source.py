@@ -25,12 +25,26 @@ WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """The hub repository that a folder is a copy of: owner/name, and its commit."""
+
+    repository: str
+    commit: str
+
+    @property
+    def name(self) -> str:
+        """What the model is called."""
+        return self.repository.rpartition("/")[2]
+
+
+@dataclass(frozen=True, slots=True)
 class SourceModel:
     """A checkpoint and all that was found out about it.
 
     layout: how to call its file layout. files: every file that the result depends on.
     rope: why the RoPE factor is what it is, None for a model without one.
     generation: the source's generation_config.json, if it has one.
+    origin: where a downloaded folder comes from; its own name says nothing.
     """
 
     path: Path
@@ -43,6 +57,12 @@ class SourceModel:
     weights: CheckpointWeights
     generation: Mapping[str, Any] | None
     notes: tuple[str, ...]
+    origin: Origin | None = None
+
+    @property
+    def name(self) -> str:
+        """What the model is called."""
+        return self.origin.name if self.origin else self.path.resolve().name
 
 
 class CheckpointWeights:

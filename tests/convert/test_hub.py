@@ -1,0 +1,431 @@
+"""Downloads from a hub on the loopback device, whole and with every trouble that it makes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+from hub_server import COMMIT, HubServer, Repository, forget_settings, running_hub
+from mlx_llama.errors import DownloadError, MlxLlamaError, OptionError, OutputError
+from mlx_llama_convert import hub, hub_cache
+from mlx_llama_convert.hub_cache import Listing, Snapshot
+from mlx_llama_convert.partial_file import PartialFile
+
+NAME = "meta-llama/Llama-3.2-1B"
+WEIGHTS = bytes(range(256)) * 1600
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "tokenizer.json": b"{}",
+    "model.safetensors": WEIGHTS,
+    "README.md": b"# read me",
+    "original/consolidated.00.pth": b"not wanted",
+}
+FETCHED = {"config.json", "tokenizer.json", "model.safetensors"}
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A hub, and nothing of the user's own settings."""
+    forget_settings(monkeypatch, tmp_path)
+    with running_hub() as running:
+        yield running
+
+
+@pytest.fixture
+def repository(server: HubServer) -> Repository:
+    return server.add(NAME, dict(FILES))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def look_up(server: HubServer, cache: Path, **settings: Any) -> Listing:
+    return hub.look_up(NAME, endpoint=server.url, cache=cache, **settings)
+
+
+def pull(server: HubServer, cache: Path, **settings: Any) -> Snapshot:
+    return hub.download(look_up(server, cache, **settings), endpoint=server.url)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def blobs(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.glob("*/blobs/*"))
+
+
+def test_a_download_is_what_the_hubs_own_tools_find(
+    server: HubServer, repository: Repository, cache: Path
+) -> None:
+    snapshot = pull(server, cache)
+    assert contents(snapshot.folder) == {path: FILES[path] for path in FETCHED}
+    assert snapshot.source == snapshot.folder
+    theirs = huggingface_hub.snapshot_download(NAME, cache_dir=cache, local_files_only=True)
+    assert Path(theirs) == snapshot.folder
+    (known,) = huggingface_hub.scan_cache_dir(cache).repos
+    assert (known.repo_id, known.nb_files, known.refs.keys()) == (NAME, 3, {"main"})
+    assert huggingface_hub.scan_cache_dir(cache).warnings == []
+
+
+def test_what_the_hubs_own_tools_left_is_not_fetched_again(
+    server: HubServer, repository: Repository, cache: Path
+) -> None:
+    theirs = huggingface_hub.hf_hub_download(
+        NAME, "model.safetensors", cache_dir=cache, endpoint=server.url
+    )
+    server.requests.clear()
+    listing = look_up(server, cache)
+    assert listing.missing_nbytes == sum(len(FILES[p]) for p in FETCHED) - len(WEIGHTS)
+    snapshot = hub.download(listing, endpoint=server.url)
+    assert snapshot.folder == Path(theirs).parent
+    assert not server.asked("GET", "model.safetensors")
+
+
+def test_nothing_is_asked_twice(server: HubServer, repository: Repository, cache: Path) -> None:
+    first = pull(server, cache)
+    assert {r.path.rpartition("/")[2] for r in server.asked("GET", "resolve")} == FETCHED
+    server.requests.clear()
+    assert pull(server, cache) == first
+    (request,) = server.requests
+    assert request.path == f"/api/models/{NAME}/revision/main"
+
+
+def test_requests_carry_our_name_and_nothing_of_the_machine(
+    server: HubServer, repository: Repository, cache: Path
+) -> None:
+    pull(server, cache)
+    assert {request.user_agent for request in server.requests} == {hub.USER_AGENT}
+
+
+def test_progress_counts_all_bytes_and_never_goes_back(
+    server: HubServer, repository: Repository, cache: Path
+) -> None:
+    repository.cuts["model.safetensors"] = [100_000, 200_000]
+    seen: list[tuple[int, int, str]] = []
+    hub.download(
+        look_up(server, cache), endpoint=server.url, on_progress=lambda *args: seen.append(args)
+    )
+    total = sum(len(FILES[path]) for path in FETCHED)
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
+    assert seen[-1] == (total, total, "model.safetensors")
+
+
+def test_a_revision_has_its_own_snapshot(
+    server: HubServer, repository: Repository, cache: Path
+) -> None:
+    main = pull(server, cache)
+    repository.commit, repository.revisions = "f" * 40, ("main", "refs/pr/1")
+    repository.files["config.json"] = b'{"model_type": "llama", "new": 1}'
+    other = pull(server, cache, revision="refs/pr/1")
+    assert (main.commit, other.commit) == (COMMIT, "f" * 40)
+    assert main.folder != other.folder
+    assert len(server.asked("GET", "model.safetensors")) == 2  # once, with its redirection
+    assert hub.find_cached(NAME, revision="refs/pr/1", cache=cache) == other
+    assert hub.find_cached(NAME, cache=cache) == main
+    assert hub.find_cached(NAME, revision=COMMIT, cache=cache) == main
+
+
+def test_a_broken_connection_is_taken_up_where_it_broke(
+    server: HubServer, repository: Repository, cache: Path
+) -> None:
+    repository.cuts["model.safetensors"] = [100_000, 50_000]
+    assert contents(pull(server, cache).folder)["model.safetensors"] == WEIGHTS
+    ranges = [r.range for r in server.asked("GET", "model.safetensors") if r.is_cdn]
+    assert ranges == [None, "bytes=100000-", "bytes=150000-"]
+
+
+def test_the_next_run_continues_an_interrupted_one(
+    server: HubServer, repository: Repository, cache: Path
+) -> None:
+    repository.cuts["model.safetensors"] = [100_000, 0, 0]
+    with pytest.raises(DownloadError, match=r"cannot reach .* goes on where it stopped"):
+        pull(server, cache)
+    listing = look_up(server, cache)
+    assert listing.missing_nbytes == len(WEIGHTS) - 100_000
+    with pytest.raises(DownloadError, match="the copy in the cache is not whole"):
+        hub.find_cached(NAME, revision=COMMIT, cache=cache)
+    server.requests.clear()
+    snapshot = hub.download(listing, endpoint=server.url)
+    assert contents(snapshot.folder)["model.safetensors"] == WEIGHTS
+    assert [r.range for r in server.requests] == ["bytes=100000-"] * 2
+    assert not [name for name in blobs(cache) if name.endswith(".incomplete")]
+
+
+def test_a_server_without_ranges_sends_all_again(
+    server: HubServer, repository: Repository, cache: Path
+) -> None:
+    repository.cuts["model.safetensors"] = [100_000]
+    repository.ranges_ignored = True
+    assert contents(pull(server, cache).folder)["model.safetensors"] == WEIGHTS
+
+
+@pytest.mark.parametrize("path", ["model.safetensors", "config.json"])
+def test_wrong_bytes_are_told_and_removed(
+    server: HubServer, repository: Repository, cache: Path, path: str
+) -> None:
+    repository.corrupt.add(path)
+    with pytest.raises(DownloadError, match=rf"{path}: wrong bytes arrived.*removed, run"):
+        pull(server, cache)
+    assert path not in contents(cache / "models--meta-llama--Llama-3.2-1B" / "snapshots")
+    assert not [name for name in blobs(cache) if name.endswith(".incomplete")]
+    repository.corrupt.clear()
+    assert contents(pull(server, cache).folder)[path] == FILES[path]
+
+
+def test_wrong_bytes_of_an_earlier_run_are_found(
+    server: HubServer, repository: Repository, cache: Path
+) -> None:
+    listing = look_up(server, cache)
+    (file,) = (f for f in listing.files if f.path == "model.safetensors")
+    listing.partial(file).parent.mkdir(parents=True)
+    listing.partial(file).write_bytes(b"other" * 1000)
+    with pytest.raises(DownloadError, match="wrong bytes arrived"):
+        hub.download(listing, endpoint=server.url)
+    listing.partial(file).write_bytes(WEIGHTS + b"too long")
+    assert contents(hub.download(listing, endpoint=server.url).folder).keys() == FETCHED
+
+
+def test_a_cached_file_of_a_wrong_size_is_fetched_again(
+    server: HubServer, repository: Repository, cache: Path
+) -> None:
+    snapshot = pull(server, cache)
+    blob = (snapshot.folder / "model.safetensors").resolve()
+    blob.write_bytes(WEIGHTS[:1000])
+    assert look_up(server, cache).missing_nbytes == len(WEIGHTS)
+    assert contents(pull(server, cache).folder)["model.safetensors"] == WEIGHTS
+
+
+def test_a_file_that_is_longer_than_listed_is_refused(
+    server: HubServer, repository: Repository, cache: Path
+) -> None:
+    listing = look_up(server, cache)
+    repository.files["model.safetensors"] = WEIGHTS + bytes(10_000_000)
+    with pytest.raises(DownloadError, match="wrong bytes arrived"):
+        hub.download(listing, endpoint=server.url)
+    assert not [name for name in blobs(cache) if name.endswith(".incomplete")]
+
+
+def test_two_downloads_do_not_write_one_file(
+    server: HubServer, repository: Repository, cache: Path
+) -> None:
+    listing = look_up(server, cache)
+    first = listing.files[0]
+    listing.partial(first).parent.mkdir(parents=True)
+    with listing.partial(first).open("wb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(DownloadError, match="another download is writing here"):
+            hub.download(listing, endpoint=server.url)
+    assert hub.download(listing, endpoint=server.url).folder.is_dir()
+
+
+def test_a_disk_without_links_gets_the_files_themselves(
+    server: HubServer, repository: Repository, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    snapshot = pull(server, cache)
+    assert not (snapshot.folder / "config.json").is_symlink()
+    assert contents(snapshot.folder) == {path: FILES[path] for path in FETCHED}
+    assert look_up(server, cache).missing_nbytes == 0
+
+
+def test_a_full_disk_is_told_before_and_while_it_fills(
+    server: HubServer, repository: Repository, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing = look_up(server, cache)
+    with monkeypatch.context() as patch:
+        usage = shutil.disk_usage(cache.parent)._replace(free=1000)
+        patch.setattr(hub_cache.shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(OutputError, match=r"0\.00 GB free, 0\.00 GB to download"):
+            hub.download(listing, endpoint=server.url)
+
+    def full(self: PartialFile, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialFile, "write", full)
+        with pytest.raises(OutputError, match="No space left on device; make room, what has"):
+            hub.download(listing, endpoint=server.url)
+    assert contents(hub.download(listing, endpoint=server.url).folder).keys() == FETCHED
+
+
+def token(value: str) -> Callable[[pytest.MonkeyPatch, Repository], None]:
+    return lambda patch, _: patch.setenv("HF_TOKEN", value)
+
+
+def nothing(patch: pytest.MonkeyPatch, repository: Repository) -> None:
+    """Leave all as it is."""
+
+
+def status(value: int) -> Callable[[pytest.MonkeyPatch, Repository], None]:
+    def change(patch: pytest.MonkeyPatch, repository: Repository) -> None:
+        repository.tokens = None
+        repository.status["config.json"] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("is_gated", "change", "text"),
+    [
+        (True, nothing, r"gated: accept its license at http.*/meta-llama/Llama-3.2-1B, then set"),
+        (True, token("hf_other"), "gated, and your account may not read it yet: ask for access"),
+        (True, token("hf_invalid"), "does not accept your token; make a new one"),
+        (False, nothing, "no such repository at .* for someone without a token; check"),
+        (False, token("hf_other"), "or a private one that your token does not open"),
+        (False, status(403), r"forbids it \(status 403\)"),
+        (False, status(404), r"no such repository"),
+        (False, status(418), r"refuses \(status 418\)"),
+        (False, status(429), r"too many requests \(status 429\)"),
+        (False, status(503), r"has trouble \(status 503\); run the same command later"),
+    ],
+)
+def test_refusals_are_one_line_that_says_what_to_do(
+    server: HubServer,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    is_gated: bool,
+    change: Callable[[pytest.MonkeyPatch, Repository], None],
+    text: str,
+) -> None:
+    repository = server.add(NAME, dict(FILES), tokens=("hf_right",), is_gated=is_gated)
+    change(monkeypatch, repository)
+    with pytest.raises(DownloadError, match=text) as caught:
+        pull(server, cache)
+    assert str(caught.value).isprintable()
+    assert str(caught.value).startswith(f"{NAME}: ")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_token_opens_and_stays_with_the_hub(
+    server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.add(NAME, dict(FILES), tokens=("hf_right",), is_gated=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    assert contents(pull(server, cache).folder).keys() == FETCHED
+    assert {r.token for r in server.requests if not r.is_cdn} == {"hf_right"}
+    assert {r.token for r in server.requests if r.is_cdn} == {None}
+
+
+def test_a_missing_revision_is_told(server: HubServer, repository: Repository, cache: Path) -> None:
+    with pytest.raises(DownloadError, match=r"no revision v9; see http.*/commits"):
+        look_up(server, cache, revision="v9")
+
+
+def test_a_missing_network_is_told(cache: Path, server: HubServer) -> None:
+    with pytest.raises(DownloadError, match=r"cannot reach http://127\.0\.0\.1:1 \("):
+        hub.look_up(NAME, endpoint="http://127.0.0.1:1", cache=cache)
+
+
+def test_a_hub_that_never_answers_is_told(
+    cache: Path, server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "LIST_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(DownloadError, match=rf"cannot reach {host} \(.*timed out"):
+            hub.look_up(NAME, endpoint=host, cache=cache)
+
+
+@pytest.mark.parametrize("page", [b"<html>Log in</html>", b"[]", b"{}", b'{"siblings": [{}]}'])
+def test_a_login_page_of_the_network_is_told(
+    server: HubServer, repository: Repository, cache: Path, page: bytes
+) -> None:
+    server.page = page
+    with pytest.raises(DownloadError, match="does not answer as a hub does; check HF_ENDPOINT"):
+        look_up(server, cache)
+
+
+def test_hf_hub_offline_is_told(
+    server: HubServer, repository: Repository, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub.is_switched_off()
+    with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set; unset it"):
+        look_up(server, cache)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("commit", ["", "../../../x", "main", "0" * 39, "0" * 40 + "/.."])
+def test_a_commit_that_is_none_is_refused(
+    server: HubServer, repository: Repository, cache: Path, commit: str
+) -> None:
+    repository.commit = commit
+    with pytest.raises(DownloadError, match="does not answer as a hub does"):
+        look_up(server, cache)
+
+
+def test_hostile_listings_write_nothing_outside(
+    server: HubServer, repository: Repository, cache: Path, tmp_path: Path
+) -> None:
+    for name in ("../evil", "/evil", "original/../../../evil", "..", "config.json/../../evil"):
+        repository.files[name] = b"evil"
+    before = {path for path in tmp_path.rglob("*") if cache not in path.parents}
+    assert contents(pull(server, cache).folder).keys() == FETCHED
+    assert {path for path in tmp_path.rglob("*") if cache not in path.parents} == before | {cache}
+    assert not [request for request in server.requests if "evil" in request.path]
+
+
+def test_hashes_that_are_none_are_refused(
+    server: HubServer, repository: Repository, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hub_server._git_sha1", lambda _: "../../evil")
+    with pytest.raises(DownloadError, match=r"gives no size and hash of config\.json"):
+        look_up(server, cache)
+
+
+@pytest.mark.parametrize("name", ["../x", "x/..", "/a/b", "a", "a/b/c", "./a/b"])
+def test_names_with_tricks_never_reach_the_hub(server: HubServer, cache: Path, name: str) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: hub.look_up(name, endpoint=server.url, cache=cache),
+        lambda: hub.find_cached(name, cache=cache),
+    ]
+    for call in calls:
+        with pytest.raises(OptionError, match="no name of a hub repository"):
+            call()
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("revision", ["../../x", "/etc", "a b"])
+def test_revisions_with_tricks_never_reach_the_hub(
+    server: HubServer, cache: Path, revision: str
+) -> None:
+    with pytest.raises(OptionError, match="--revision"):
+        look_up(server, cache, revision=revision)
+    with pytest.raises(OptionError, match="--revision"):
+        hub.find_cached(NAME, revision=revision, cache=cache)
+    assert server.requests == []
+
+
+def test_what_is_not_cached_is_told(cache: Path) -> None:
+    with pytest.raises(DownloadError, match=r"revision main is not in the cache .* without --off"):
+        hub.find_cached(NAME, cache=cache)
+
+
+def test_metas_checklist_shows_what_the_cache_lacks(server: HubServer, cache: Path) -> None:
+    shards = {f"original/consolidated.0{n}.pth": b"weights %d" % n for n in (0, 1)}
+    listed = "\n".join(f"{'0' * 32}  {path[9:]}" for path in shards).encode()
+    beside = {"original/params.json": b"{}", "original/tokenizer.model": b"tok"}
+    server.add(NAME, {**shards, **beside, "original/checklist.chk": listed})
+    snapshot = pull(server, cache)
+    assert hub.find_cached(NAME, cache=cache) == snapshot
+    assert snapshot.source == snapshot.folder / "original"
+    (snapshot.source / "consolidated.01.pth").unlink()
+    with pytest.raises(MlxLlamaError, match=r"not whole: .*consolidated\.01\.pth is missing"):
+        hub.find_cached(NAME, cache=cache)
