@@ -162,7 +162,7 @@ def config_from_hf(raw: Mapping[str, Any], *, kind: str, is_tied: bool | None) -
     tied = is_tied if tied is None else tied
     if tied is None:
         raise CheckpointError("config.json: tie_word_embeddings is missing, no weights decide it")
-    theta, scaling = _rope_from_hf(raw)
+    theta, scaling = rope_from_hf(raw)
     quantization, overrides = _quantization_from_hf(raw)
     eos = raw.get("eos_token_id")
     return ModelConfig(
@@ -241,7 +241,7 @@ def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _rope_from_hf(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def rope_from_hf(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Read theta and scaling from either dialect; where both stand they must agree."""
     new = raw.get("rope_parameters") or {}
     old = raw.get("rope_scaling") or {}

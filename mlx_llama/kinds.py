@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from mlx_llama.errors import OptionError
 
+CODELLAMA_THETA = 1e6  # of all but the 70B Instruct and Python models, which have Llama 2's
 LLAMA3_INSTRUCT_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 
 
@@ -90,7 +91,7 @@ def decide_kind(
     """Choose the kind of a checkpoint and say why.
 
     flag: what the user asked for. recorded: `mlx_llama.kind` of a config.json. names: folder and
-    repository names, nearest first; one that does not fit the tokenizer is passed over.
+    repository names, nearest first; one that does not fit tokenizer and base is passed over.
     base: the base kind that fits the architecture (`base_kind`).
     """
     if flag is not None:
@@ -104,7 +105,7 @@ def decide_kind(
     fitting = (
         (kind, name)
         for name in names
-        if (kind := kind_of_name(name)) and KINDS[kind].is_tiktoken == is_tiktoken
+        if (kind := kind_of_name(name)) and _fits(kind, name, base, is_tiktoken=is_tiktoken)
     )
     by_name = next(fitting, None)
     if chat_template and (format_name := prompt_of_template(chat_template)):
@@ -116,9 +117,21 @@ def decide_kind(
     return Decision(base, "no name or chat template says more: taken for a base model")
 
 
-def base_kind(*, is_tiktoken: bool, is_rope_scaled: bool, is_tied: bool, norm_eps: float) -> str:
+def _fits(kind: str, name: str, base: str, *, is_tiktoken: bool) -> bool:
+    """Whether a kind that was read from a name can be that of the weights."""
+    if KINDS[kind].is_tiktoken != is_tiktoken:
+        return False
+    # Any folder may be called "7B". Of LLaMA 1, only 65B has the norm_eps of Llama 2.
+    return kind != "llama1" or base == "llama1" or "65b" in name.lower()
+
+
+def base_kind(
+    *, is_tiktoken: bool, is_rope_scaled: bool, is_tied: bool, norm_eps: float, rope_theta: float
+) -> str:
     """Name the base kind that fits what the weights and tokenizer show."""
     if not is_tiktoken:
+        if rope_theta == CODELLAMA_THETA:
+            return "codellama"
         # norm_eps 1e-6 is what tells LLaMA 1 (7B to 30B) from Llama 2.
         return "llama1" if norm_eps < 5e-6 else "llama2"
     if not is_rope_scaled:

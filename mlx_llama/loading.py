@@ -6,7 +6,8 @@ are checked before MLX sees a file, and no template or code in it is run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from mlx_llama.weights import build_model, count_formats, is_matrix, meta_name
 
 MAX_JSON_BYTES = 64 << 20
 INDEX_NAME = "model.safetensors.index.json"
+ROPE_BUFFER = "rotary_emb.inv_freq"  # old releases stored it in every layer; it is computed
+
+_NO_MODEL_NAME = re.compile(r"original|mp[0-9]+|fp8|snapshots|[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,32 +143,45 @@ def _no_model(path: Path) -> str:
 
 
 def open_shards(path: Path) -> dict[str, TensorRef]:
-    """Open the files that the index names, or the only one; every name must be in one file."""
-    index = path / INDEX_NAME
-    if index.is_file():
-        table = load_json(index, max_bytes=MAX_JSON_BYTES).get("weight_map")
-        if not isinstance(table, dict) or not all(isinstance(f, str) for f in table.values()):
-            raise CheckpointError(f"{index}: weight_map is not a table of tensor to file name")
-        files = sorted(set(table.values()))
-        here = {file.name for file in path.iterdir() if file.is_file()}
-        for name in files:
-            if name not in here:
-                raise CheckpointError(f"{index}: names {name!r}, which is no file of {path}")
-    else:
-        files = sorted(file.name for file in path.glob("model*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{path}: no model.safetensors and no {INDEX_NAME}")
-    tensors: dict[str, TensorRef] = {}
-    for name in files:
-        for tensor, ref in open_safetensors(path / name).items():
-            if tensor in tensors:
-                raise CheckpointError(f"{path / name}: tensor {tensor} stands in two files")
-            tensors[tensor] = ref
+    """Open a folder's safetensors and return its tensors by name, RoPE's buffers left out."""
+    files = weight_files(path, index_name=INDEX_NAME, pattern="model*.safetensors")
+    tensors = collect_tensors(files, open_safetensors)
     return {name: ref for name, ref in tensors.items() if _is_ours(path, name)}
 
 
+def weight_files(path: Path, *, index_name: str, pattern: str) -> list[Path]:
+    """Return the files that the index names or, without an index, those of the pattern."""
+    index = path / index_name
+    if not index.is_file():
+        if files := sorted(path.glob(pattern)):
+            return files
+        raise CheckpointError(f"{path}: no {pattern.replace('*', '')} and no {index_name}")
+    table = load_json(index, max_bytes=MAX_JSON_BYTES).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(f, str) for f in table.values()):
+        raise CheckpointError(f"{index}: weight_map is not a table of tensor to file name")
+    files = sorted(set(table.values()))
+    here = {file.name for file in path.iterdir() if file.is_file()}
+    for name in files:
+        if name not in here:
+            raise CheckpointError(f"{index}: names {name!r}, which is no file of {path}")
+    return [path / name for name in files]
+
+
+def collect_tensors(
+    files: Iterable[Path], open_file: Callable[[Path], dict[str, TensorRef]]
+) -> dict[str, TensorRef]:
+    """Open files and return their tensors; every name must stand in one file alone."""
+    tensors: dict[str, TensorRef] = {}
+    for file in files:
+        for name, ref in open_file(file).items():
+            if name in tensors:
+                raise CheckpointError(f"{file}: tensor {name} stands in two files")
+            tensors[name] = ref
+    return tensors
+
+
 def _is_ours(path: Path, name: str) -> bool:
-    if name.endswith("rotary_emb.inv_freq"):  # a buffer that old releases stored
+    if name.endswith(ROPE_BUFFER):
         return False
     module, _, part = name.rpartition(".")
     if part in ("weight", "scales", "biases") and meta_name(f"{module}.weight"):
@@ -186,15 +203,29 @@ def decide_folder_kind(
         flag=flag,
         recorded=recorded if isinstance(recorded, str) else None,
         chat_template=_chat_template_text(path),
-        names=[path.resolve().name, str(raw.get("_name_or_path", ""))],
+        names=[*folder_names(path), str(raw.get("_name_or_path", ""))],
         base=base_kind(
             is_tiktoken=tokenizer.family == "tiktoken",
             is_rope_scaled=config.rope_scaling is not None,
             is_tied=config.tied,
             norm_eps=config.norm_eps,
+            rope_theta=config.rope_theta,
         ),
         is_tiktoken=tokenizer.family == "tiktoken",
     )
+
+
+def folder_names(path: Path) -> list[str]:
+    """Return what a folder goes by, nearest first, up to a name that is the model's own.
+
+    `models--A--B/snapshots/COMMIT/original` in Hugging Face's cache has it three levels up.
+    """
+    place = path.resolve()
+    names = [place.name]
+    while _NO_MODEL_NAME.fullmatch(place.name):
+        place = place.parent
+        names.append(place.name)
+    return names
 
 
 def _chat_template_text(path: Path) -> str | None:

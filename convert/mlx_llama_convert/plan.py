@@ -44,10 +44,7 @@ class ConversionPlan:
     @property
     def source_bytes(self) -> int:
         """Bytes of the weights that will be read."""
-        weights = self.source.weights
-        return sum(
-            math.prod(weights.shape(n)) * DTYPES[weights.dtype(n)].itemsize for n in self.forms
-        )
+        return sum(self.source.weights.nbytes(name) for name in self.forms)
 
     @property
     def output_bytes(self) -> int:

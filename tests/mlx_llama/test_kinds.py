@@ -232,22 +232,48 @@ def test_a_template_gives_the_instruct_kind_of_the_base(
 
 
 @pytest.mark.parametrize(
-    ("is_tiktoken", "is_rope_scaled", "is_tied", "norm_eps", "expected"),
+    ("is_tiktoken", "is_rope_scaled", "is_tied", "norm_eps", "rope_theta", "expected"),
     [
-        (False, False, False, 1e-6, "llama1"),
-        (False, False, False, 1e-5, "llama2"),
-        (True, False, False, 1e-5, "llama3"),
-        (True, True, False, 1e-5, "llama3.1"),
-        (True, True, True, 1e-5, "llama3.2"),
+        (False, False, False, 1e-6, 1e4, "llama1"),
+        (False, False, False, 1e-5, 1e4, "llama2"),
+        (False, False, False, 1e-5, 1e6, "codellama"),
+        (True, False, False, 1e-5, 5e5, "llama3"),
+        (True, False, False, 1e-5, 1e6, "llama3"),
+        (True, True, False, 1e-5, 5e5, "llama3.1"),
+        (True, True, True, 1e-5, 5e5, "llama3.2"),
     ],
 )
 def test_weights_and_tokenizer_tell_the_base(
-    is_tiktoken: bool, is_rope_scaled: bool, is_tied: bool, norm_eps: float, expected: str
+    is_tiktoken: bool,
+    is_rope_scaled: bool,
+    is_tied: bool,
+    norm_eps: float,
+    rope_theta: float,
+    expected: str,
 ) -> None:
     found = base_kind(
-        is_tiktoken=is_tiktoken, is_rope_scaled=is_rope_scaled, is_tied=is_tied, norm_eps=norm_eps
+        is_tiktoken=is_tiktoken,
+        is_rope_scaled=is_rope_scaled,
+        is_tied=is_tied,
+        norm_eps=norm_eps,
+        rope_theta=rope_theta,
     )
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "expected"),
+    [
+        ("7B", "llama1", "llama1"),
+        ("7B", "llama2", "llama2"),
+        ("13B", "codellama", "codellama"),
+        ("65B", "llama2", "llama1"),  # the one LLaMA 1 with the norm_eps of Llama 2
+        ("llama-65b", "llama2", "llama1"),
+        ("llama-30b", "llama2", "llama2"),
+    ],
+)
+def test_a_size_names_llama_1_where_its_norm_eps_fits(name: str, base: str, expected: str) -> None:
+    assert decided(names=[name], base=base) == expected
 
 
 # --- the RoPE factor ---------------------------------------------------------------------------
