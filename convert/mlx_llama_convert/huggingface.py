@@ -109,17 +109,16 @@ def _by_meta_name(
     """Return the tensors by Meta's names, and whether the file itself used them.
 
     Hugging Face's names come with the prefix `model.` or, saved from a model without its head,
-    without it.
+    without it. Meta's own names come with Meta's row order.
     """
     tensors: dict[str, LogicalTensor] = {}
     styles: dict[bool, str] = {}
     for stored_name, ref in refs.items():
         if stored_name.endswith((ROPE_BUFFER, "rope.freqs")):
             continue
-        name = meta_name(stored_name) or meta_name(f"model.{stored_name}")
-        is_meta = name is None
-        if is_meta and is_meta_name(stored_name):
-            name = stored_name
+        by_hf = meta_name(stored_name) or meta_name(f"model.{stored_name}")
+        is_meta = is_meta_name(stored_name)
+        name = by_hf or (stored_name if is_meta else None)
         if name is None:
             raise UnsupportedModelError(f"{ref.path}: tensor {stored_name[:80]!r} is not a Llama's")
         if name in tensors:
@@ -127,7 +126,8 @@ def _by_meta_name(
                 f"{ref.path}: {stored_name} and {tensors[name].name} are the same tensor"
             )
         tensors[name] = ref
-        styles[is_meta] = stored_name
+        if is_meta != bool(by_hf):  # "norm.weight" belongs to both
+            styles[is_meta] = stored_name
     if len(styles) > 1:
         raise CheckpointError(
             f"{folder}: {styles[True]} is Meta's name, {styles[False]} Hugging Face's; which order "
