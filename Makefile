@@ -11,8 +11,9 @@ chat: $(VENV)/.installed
 	@if [ -z "$(MODEL)" ]; then \
 	  echo "make chat needs a model: make chat MODEL=path/to/Llama-3.2-1B-Instruct (Meta's files, Hugging Face's, or a converted folder)" >&2; exit 2; fi
 	@model="$(MODEL)"; \
-	if [ -f "$$model/params.json" ] && [ ! -f "$$model/config.json" ]; then \
-	  out="models/$$(basename "$$model")-$(BITS)bit"; \
+	if [ -d "$$model" ] && ! grep -qsE '"(quantization|mlx_llama)"' "$$model/config.json"; then \
+	  path=$$(cd "$$model" && pwd); \
+	  out="models/$$(basename "$$(dirname "$$path")")-$$(basename "$$path")-$(BITS)bit"; \
 	  [ -d "$$out" ] || $(VENV)/bin/mlx-llama convert "$$model" -o "$$out" --bits $(BITS) >/dev/null || exit $$?; \
 	  model="$$out"; fi; \
 	exec $(VENV)/bin/mlx-llama chat "$$model"

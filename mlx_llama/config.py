@@ -14,7 +14,15 @@ from typing import Any
 from mlx_llama.errors import CheckpointError, UnsupportedModelError
 
 ROPE_TYPES = ("llama3", "linear")
-MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+# Bits and group sizes that MLX has, by mode.
+MODES = {
+    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
+
+FULL_ATTENTION = "full_attention"
 
 # Bounds of what a Llama can be; a file beyond them is damaged or hostile.
 LIMITS = {
@@ -66,11 +74,8 @@ class QuantFormat:
     mode: str = "affine"
 
     def __post_init__(self) -> None:
-        if (
-            self.bits not in (2, 3, 4, 5, 6, 8)
-            or self.group_size not in (16, 32, 64, 128)
-            or self.mode not in MODES
-        ):
+        bits, group_sizes = MODES.get(self.mode, ((), ()))
+        if self.bits not in bits or self.group_size not in group_sizes:
             raise UnsupportedModelError(
                 f"config: quantization with {self.bits} bits, group {self.group_size}, mode "
                 f"{self.mode!r} is not one that MLX has"
@@ -162,9 +167,13 @@ def config_from_hf(raw: Mapping[str, Any], *, kind: str, is_tied: bool | None) -
     tied = is_tied if tied is None else tied
     if tied is None:
         raise CheckpointError("config.json: tie_word_embeddings is missing, no weights decide it")
+    if not isinstance(tied, bool):
+        raise CheckpointError(
+            f"config.json: tie_word_embeddings is {tied!r}, expected true or false"
+        )
     theta, scaling = rope_from_hf(raw)
     quantization, overrides = _quantization_from_hf(raw)
-    eos = raw.get("eos_token_id")
+    bos = _ids(raw, "bos_token_id")
     return ModelConfig(
         dim=dim,
         n_layers=_number(raw, "num_hidden_layers"),
@@ -176,14 +185,14 @@ def config_from_hf(raw: Mapping[str, Any], *, kind: str, is_tied: bool | None) -
         norm_eps=_real(raw, "rms_norm_eps", 1e-6),
         rope_theta=theta,
         max_context=_number(raw, "max_position_embeddings", 2048),
-        tied=bool(tied),
+        tied=tied,
         kind=kind,
         rope_scaling=scaling,
         quantization=quantization,
         overrides=overrides,
         dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"),
-        bos_id=raw.get("bos_token_id"),
-        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        bos_id=bos[0] if bos else None,
+        eos_ids=_ids(raw, "eos_token_id"),
     )
 
 
@@ -308,6 +317,16 @@ def _refuse_foreign(raw: Mapping[str, Any]) -> None:
         )
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UnsupportedModelError(f"config.json: hidden_act {raw['hidden_act']!r} is not silu")
+    if raw.get("rope_traditional"):
+        raise UnsupportedModelError(
+            "config.json: rope_traditional is set, for rows in Meta's order; convert the original "
+            "checkpoint"
+        )
+    layers = raw.get("layer_types")
+    if raw.get("sliding_window") or (
+        isinstance(layers, list) and any(layer != FULL_ATTENTION for layer in layers)
+    ):
+        raise UnsupportedModelError("config.json: sliding-window attention, which no Llama has")
     for name in ("attention_bias", "mlp_bias"):
         if raw.get(name):
             raise UnsupportedModelError(f"config.json: {name} is set, no Llama has biases")
@@ -323,6 +342,16 @@ def _number(raw: Mapping[str, Any], key: str, default: object = _MISSING) -> int
     if isinstance(value, bool) or not isinstance(value, int):
         raise CheckpointError(f"config.json: {key} is {value!r}, expected a whole number")
     return value
+
+
+def _ids(raw: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """Return one token id or a list of them, none where the file says null."""
+    value = raw.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise CheckpointError(f"config.json: {key} is {value!r}, expected token ids")
+    return tuple(ids)
 
 
 def _real(raw: Mapping[str, Any], key: str, default: object = _MISSING) -> float:

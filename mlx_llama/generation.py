@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -108,7 +108,7 @@ class _Clock:
         now = time.perf_counter()
         first = self.first or now
         later = self.answer_tokens - 1
-        prefilled = len(request.ids) - self.cached_tokens
+        prefilled = min(cache.offset, len(request.ids)) - self.cached_tokens  # less when cancelled
         return Stats(
             prompt_tokens=len(request.ids),
             cached_tokens=self.cached_tokens,
@@ -160,7 +160,7 @@ class StopText:
         return 0
 
 
-def generate(model: LlamaModel, cache: Cache, request: Request) -> Iterator[Step]:
+def generate(model: LlamaModel, cache: Cache, request: Request) -> Generator[Step]:
     """Answer a prompt whose first `cache.offset` tokens are cached.
 
     Evaluates. When it ends, or is closed, the cache holds a beginning of prompt and answer; it may

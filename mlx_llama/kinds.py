@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mlx_llama.errors import OptionError
 
-CODELLAMA_THETA = 1e6  # of all but the 70B Instruct and Python models, which have Llama 2's
+BARE_SIZE = re.compile(r"(7|13|30|33|65)B", re.IGNORECASE)
 LLAMA3_INSTRUCT_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 
 
@@ -91,7 +91,7 @@ def decide_kind(
     """Choose the kind of a checkpoint and say why.
 
     flag: what the user asked for. recorded: `mlx_llama.kind` of a config.json. names: folder and
-    repository names, nearest first; one that does not fit tokenizer and base is passed over.
+    repository names, nearest first; one that does not fit the tokenizer is passed over.
     base: the base kind that fits the architecture (`base_kind`).
     """
     if flag is not None:
@@ -105,9 +105,12 @@ def decide_kind(
     fitting = (
         (kind, name)
         for name in names
-        if (kind := kind_of_name(name)) and _fits(kind, name, base, is_tiktoken=is_tiktoken)
+        if (kind := kind_of_name(name)) and KINDS[kind].is_tiktoken == is_tiktoken
     )
-    by_name = next(fitting, None)
+    # A bare size says little: another name goes first, and Llama 2 had folders of sizes, too.
+    by_name = min(fitting, key=lambda found: bool(BARE_SIZE.fullmatch(found[1])), default=None)
+    if by_name and BARE_SIZE.fullmatch(by_name[1]) and not (base == "llama1" or "65" in by_name[1]):
+        by_name = None
     if chat_template and (format_name := prompt_of_template(chat_template)):
         if by_name and KINDS[by_name[0]].prompt == format_name:
             return Decision(by_name[0], f"chat template and the name {by_name[1]!r}")
@@ -117,20 +120,17 @@ def decide_kind(
     return Decision(base, "no name or chat template says more: taken for a base model")
 
 
-def _fits(kind: str, name: str, base: str, *, is_tiktoken: bool) -> bool:
-    """Whether a kind that was read from a name can be that of the weights."""
-    if KINDS[kind].is_tiktoken != is_tiktoken:
-        return False
-    # Any folder may be called "7B". Of LLaMA 1, only 65B has the norm_eps of Llama 2.
-    return kind != "llama1" or base == "llama1" or "65b" in name.lower()
-
-
 def base_kind(
-    *, is_tiktoken: bool, is_rope_scaled: bool, is_tied: bool, norm_eps: float, rope_theta: float
+    *,
+    is_tiktoken: bool,
+    is_rope_scaled: bool,
+    is_tied: bool,
+    norm_eps: float,
+    rope_theta: float | None,
 ) -> str:
     """Name the base kind that fits what the weights and tokenizer show."""
     if not is_tiktoken:
-        if rope_theta == CODELLAMA_THETA:
+        if rope_theta is not None and rope_theta >= 1e6:
             return "codellama"
         # norm_eps 1e-6 is what tells LLaMA 1 (7B to 30B) from Llama 2.
         return "llama1" if norm_eps < 5e-6 else "llama2"
@@ -154,9 +154,8 @@ def kind_of_name(name: str) -> str | None:
     match = re.search(r"llama-?v?([123](?:\.[123])?)(?![\d.])", text)
     if not match:
         # LLaMA 1 came in folders that were called after its sizes alone.
-        if re.search(r"(?:^|[^a-z])llama-?(?:7b|13b|30b|33b|65b)(?=$|[^\d])|^(7|13|30|65)b$", text):
-            return "llama1"
-        return None
+        is_size = re.search(r"(?:^|[^a-z])llama-?(?:7b|13b|30b|33b|65b)(?=$|[^\d])", text)
+        return "llama1" if is_size or BARE_SIZE.fullmatch(name) else None
     version = match[1]
     suffix = ("-chat" if version == "2" else "-instruct") if is_instruct else ""
     if version == "3.3":
@@ -166,6 +165,8 @@ def kind_of_name(name: str) -> str | None:
 
 def prompt_of_template(template: str) -> str | None:
     """Recognise the prompt format behind a Jinja chat template; the template is never executed."""
+    if "Task: Check if there is unsafe content" in template:
+        return "guard"
     if "<|start_header_id|>" in template:
         is_dated = "Cutting Knowledge Date" in template
         return "llama3.1" if is_dated else "llama3"
@@ -177,6 +178,8 @@ def prompt_of_template(template: str) -> str | None:
 
 
 def _instruct_kind(prompt: str, base: str) -> str:
+    if prompt == "guard":
+        return {"llama2": "llama-guard-1", "llama3": "llama-guard-2"}.get(base, "llama-guard-3")
     if prompt == "llama2":
         return "codellama-instruct" if base.startswith("codellama") else "llama2-chat"
     if prompt == "codellama-70b":

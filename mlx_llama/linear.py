@@ -55,14 +55,15 @@ class Packed:
     scales: mx.array
     biases: mx.array | None
     form: QuantFormat
+    dtype: mx.Dtype | None = None  # of the rows; scales of the mx modes carry none
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return x times the transposed matrix: (..., out)."""
         return ops.quantized_linear(x, self.weight, self.scales, self.biases, self.form)
 
     def rows(self, ids: mx.array) -> mx.array:
-        """Return the rows ids (...,) dequantized to (..., in), in the dtype of the scales."""
-        return mx.dequantize(
+        """Return the rows ids (...,) dequantized to (..., in)."""
+        rows = mx.dequantize(
             self.weight[ids],
             self.scales[ids],
             None if self.biases is None else self.biases[ids],
@@ -70,6 +71,7 @@ class Packed:
             bits=self.form.bits,
             mode=self.form.mode,
         )
+        return rows if self.dtype is None else rows.astype(self.dtype)
 
     def arrays(self) -> list[mx.array]:
         """Return what is held in memory."""
@@ -107,6 +109,7 @@ def stack_rows(parts: Sequence[Matrix]) -> Matrix:
             _joined([part.scales for part in packed]),
             _joined(biases) if biases else None,
             packed[0].form,
+            packed[0].dtype,
         )
     return Stack(tuple(parts))
 

@@ -7,8 +7,9 @@ model: MLX's arrays cannot be evaluated from another one before they are compute
 
 from __future__ import annotations
 
+import operator
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ from mlx_llama.prompts import Message, PromptFormat, prompt_format
 from mlx_llama.sampling import SamplingDefaults
 from mlx_llama.session import Session
 from mlx_llama.tokenizer import Tokenizer
+
+
+def stop_ids(kind: Kind, tokenizer: Tokenizer, recorded: Iterable[int]) -> frozenset[int]:
+    """Return the tokens that end an answer: EOS, the kind's stops, and those of the files.
+
+    recorded: what config.json and generation_config.json name.
+    """
+    specials = tokenizer.special_tokens
+    named = {specials[name] for name in kind.stops if name in specials}
+    return frozenset({tokenizer.eos_id, *named, *recorded})
 
 
 class Llama:
@@ -63,16 +74,14 @@ class Llama:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: EOS, the kind's stops, and those of config.json."""
-        specials = self.tokenizer.special_tokens
-        named = {specials[name] for name in self.kind.stops if name in specials}
-        return frozenset({self.tokenizer.eos_id, *named, *self.config.eos_ids})
+        """Tokens that end an answer; see the function of the same name."""
+        return stop_ids(self.kind, self.tokenizer, self.config.eos_ids)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Return BOS and a text's tokens, or ids as they are once they are checked."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True)
-        ids = list(prompt)
+        ids = _whole_numbers(prompt, "prompt", "a text or token ids")
         if not ids:
             raise OptionError("prompt: no token ids; a model needs one at least, such as BOS")
         for token in ids:
@@ -85,12 +94,13 @@ class Llama:
     def logits(self, ids: Sequence[int], *, positions: Sequence[int] | None = None) -> mx.array:
         """Return the scores behind each token of a text, without sampling.
 
-        ids: (L,), BOS included. positions: which of them to give logits for; None gives all.
+        ids: (L,), BOS included. positions: which of them to give logits for, negative ones from
+        the end; None gives all.
         Returns (L, V) or (len(positions), V) float32, evaluated. Long texts go through a cache in
         slices, which bounds the memory of attention.
         """
         ids = self.prompt_ids(list(ids))
-        wanted = range(len(ids)) if positions is None else [p % len(ids) for p in positions]
+        wanted = range(len(ids)) if positions is None else _places(positions, len(ids))
         step = ops.prefill_chunk()
         cache = KVCache(self.config.n_layers, capacity=len(ids)) if len(ids) > step else None
         rows: list[mx.array] = []
@@ -138,3 +148,25 @@ class Llama:
     def chat(self, messages: Sequence[Message | Mapping[str, str]], **options: Any) -> str:
         """Return the whole answer that `stream_chat` yields."""
         return "".join(step.text for step in self.stream_chat(messages, **options))
+
+
+def _whole_numbers(values: Iterable[object], name: str, expected: str) -> list[int]:
+    """Return Python's whole numbers for what may be numpy's."""
+    try:
+        return [operator.index(value) for value in values]  # pyright: ignore[reportArgumentType]
+    except TypeError as error:
+        raise OptionError(f"{name}: found {repr(values)[:60]}, expected {expected}") from error
+
+
+def _places(positions: Sequence[int], length: int) -> list[int]:
+    """Check positions in a text of so many tokens; return them from its beginning."""
+    places = _whole_numbers(positions, "positions", "whole numbers")
+    if not places:
+        raise OptionError("positions: none given; leave them out to get the logits of all")
+    for place in places:
+        if not -length <= place < length:
+            raise OptionError(
+                f"positions: {place} is not from {-length} to {length - 1}, the text has {length} "
+                "tokens"
+            )
+    return [place % length for place in places]

@@ -7,8 +7,8 @@ are checked before MLX sees a file, and no template or code in it is run.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,28 @@ import mlx.core as mx
 
 from mlx_llama import ops
 from mlx_llama.config import ModelConfig, config_from_hf
-from mlx_llama.errors import CheckpointError
-from mlx_llama.kinds import Decision, base_kind, decide_kind
-from mlx_llama.llama import Llama
-from mlx_llama.safetensors_reader import open_safetensors
+from mlx_llama.errors import CheckpointError, TokenizerError, UnsupportedModelError
+from mlx_llama.kinds import KINDS, Decision, base_kind, decide_kind, kind_named
+from mlx_llama.llama import Llama, stop_ids
 from mlx_llama.sampling import SamplingDefaults
 from mlx_llama.strict_json import load_json
 from mlx_llama.tensor_ref import TensorRef
 from mlx_llama.tokenizer import Tokenizer, open_tokenizer
-from mlx_llama.weights import build_model, count_formats, is_matrix, meta_name
+from mlx_llama.weight_files import SAFETENSORS
+from mlx_llama.weights import (
+    OUTPUT,
+    build_model,
+    count_formats,
+    is_matrix,
+    meta_name,
+    tensor_shapes,
+)
 
 MAX_JSON_BYTES = 64 << 20
-INDEX_NAME = "model.safetensors.index.json"
-ROPE_BUFFER = "rotary_emb.inv_freq"  # old releases stored it in every layer; it is computed
+INDEX_NAME = SAFETENSORS.index_name
+GENERATION_NAME = "generation_config.json"
 
-_NO_MODEL_NAME = re.compile(r"original|mp[0-9]+|fp8|snapshots|[0-9a-f]{40}")
+_ANY_MODELS_NAME = re.compile(r"original|mp[0-9]+|fp8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +45,7 @@ class ModelDirectory:
     """What a directory says of itself, read without touching a weight.
 
     own: what config.json says under `mlx_llama`, empty for other people's directories.
-    tensors: by Hugging Face name.
+    tensors: by Hugging Face name. sampling: what is recommended for it.
     """
 
     path: Path
@@ -47,6 +54,12 @@ class ModelDirectory:
     kind: Decision
     tokenizer: Tokenizer
     tensors: Mapping[str, TensorRef]
+    sampling: SamplingDefaults
+
+    @property
+    def stored_dtype(self) -> str:
+        """Dtype of the tensors that are never packed."""
+        return self.tensors["model.norm.weight"].dtype
 
     @property
     def weight_bytes(self) -> int:
@@ -89,11 +102,13 @@ def load(
     """
     directory = open_model_directory(Path(path))
     config = directory.config
-    stored = directory.tensors["model.norm.weight"].dtype
-    chosen = ops.compute_dtype(stored, is_quantized=directory.is_quantized, asked=dtype)
+    chosen = ops.compute_dtype(
+        directory.stored_dtype, is_quantized=directory.is_quantized, asked=dtype
+    )
     arrays: dict[str, mx.array] = {}
     for file in sorted({ref.path for ref in directory.tensors.values()}):
         arrays |= mx.load(str(file))  # pyright: ignore[reportArgumentType, reportOperatorIssue]
+    arrays = {name: arrays[name] for name in directory.tensors}  # without old buffers
     model = build_model(config, arrays, dtype=chosen, on_block=on_block)
     return Llama(
         model,
@@ -101,7 +116,7 @@ def load(
         config,
         path=directory.path,
         dtype=chosen,
-        sampling_defaults=_sampling_defaults(directory.path),
+        sampling_defaults=directory.sampling,
     )
 
 
@@ -115,15 +130,64 @@ def open_model_directory(path: Path) -> ModelDirectory:
         if name not in tensors:
             raise CheckpointError(f"{path}: tensor {name} is missing; this is no whole Llama")
     config = config_from_hf(raw, kind="llama2", is_tied="lm_head.weight" not in tensors)
-    tokenizer = open_tokenizer(path)
+    _refuse_too_many(path, config, tensors)
+    tokenizer = open_folder_tokenizer(path, n_rows=config.vocab_size)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the weights "
             f"{config.vocab_size}; they belong to different models"
         )
     kind = decide_folder_kind(path, raw, config, tokenizer)
-    config = config_from_hf(raw, kind=kind.value, is_tied=config.tied)
-    return ModelDirectory(path, own_entry(raw), config, kind, tokenizer, tensors)
+    generation = read_generation_config(path)
+    config = replace(
+        config,
+        kind=kind.value,
+        eos_ids=recorded_stop_ids(path, raw, generation, vocab_size=config.vocab_size),
+    )
+    stops = stop_ids(kind_named(kind.value), tokenizer, config.eos_ids)
+    padding = frozenset(range(tokenizer.vocab_size, config.vocab_size))
+    sampling = replace(
+        sampling_defaults(path, generation), padding=padding - stops, unnamed_stops=padding & stops
+    )
+    return ModelDirectory(path, own_entry(raw), config, kind, tokenizer, tensors, sampling)
+
+
+def open_folder_tokenizer(path: Path, *, n_rows: int) -> Tokenizer:
+    """Open a folder's tokenizer; its tokenizer.json when that alone has the tokens added to it.
+
+    n_rows: of the embedding. A `tokenizer.json` that does not open, does not fit or differs in the
+    tokens that both have is passed over: rows without a token are never drawn.
+    """
+    tokenizer, other = open_tokenizer(path), path / "tokenizer.json"
+    if tokenizer.vocab_size >= n_rows or tokenizer.path == other or not other.is_file():
+        return tokenizer
+    try:
+        fuller = open_tokenizer(other)
+    except TokenizerError:
+        return tokenizer
+    return fuller if _extends(fuller, tokenizer) and fuller.vocab_size <= n_rows else tokenizer
+
+
+def _extends(fuller: Tokenizer, tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer has another one's tokens and some more; special ones may be renamed."""
+    if fuller.family != tokenizer.family or fuller.vocab_size <= tokenizer.vocab_size:
+        return False
+    specials = set(tokenizer.special_tokens.values())
+    return all(
+        fuller.token_bytes(token) == tokenizer.token_bytes(token)
+        for token in range(tokenizer.vocab_size)
+        if token not in specials
+    )
+
+
+def _refuse_too_many(path: Path, config: ModelConfig, tensors: Mapping[str, TensorRef]) -> None:
+    """Refuse tensors that config.json leaves no place for; a tied output may repeat itself."""
+    known = {*tensor_shapes(config), OUTPUT}
+    for name in tensors:
+        if meta_name(f"{name.rpartition('.')[0]}.weight") not in known:
+            raise CheckpointError(
+                f"{path}: tensor {name} is too many: config.json has {config.n_layers} layers"
+            )
 
 
 def own_entry(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -143,50 +207,15 @@ def _no_model(path: Path) -> str:
 
 
 def open_shards(path: Path) -> dict[str, TensorRef]:
-    """Open a folder's safetensors and return its tensors by name, RoPE's buffers left out."""
-    files = weight_files(path, index_name=INDEX_NAME, pattern="model*.safetensors")
-    tensors = collect_tensors(files, open_safetensors)
-    return {name: ref for name, ref in tensors.items() if _is_ours(path, name)}
-
-
-def weight_files(path: Path, *, index_name: str, pattern: str) -> list[Path]:
-    """Return the files that the index names or, without an index, those of the pattern."""
-    index = path / index_name
-    if not index.is_file():
-        if files := sorted(path.glob(pattern)):
-            return files
-        raise CheckpointError(f"{path}: no {pattern.replace('*', '')} and no {index_name}")
-    table = load_json(index, max_bytes=MAX_JSON_BYTES).get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(f, str) for f in table.values()):
-        raise CheckpointError(f"{index}: weight_map is not a table of tensor to file name")
-    files = sorted(set(table.values()))
-    here = {file.name for file in path.iterdir() if file.is_file()}
-    for name in files:
-        if name not in here:
-            raise CheckpointError(f"{index}: names {name!r}, which is no file of {path}")
-    return [path / name for name in files]
-
-
-def collect_tensors(
-    files: Iterable[Path], open_file: Callable[[Path], dict[str, TensorRef]]
-) -> dict[str, TensorRef]:
-    """Open files and return their tensors; every name must stand in one file alone."""
-    tensors: dict[str, TensorRef] = {}
-    for file in files:
-        for name, ref in open_file(file).items():
-            if name in tensors:
-                raise CheckpointError(f"{file}: tensor {name} stands in two files")
-            tensors[name] = ref
+    """Open a folder's safetensors; every tensor must be a Llama's."""
+    tensors = SAFETENSORS.open(path)
+    for name in tensors:
+        module, _, part = name.rpartition(".")
+        if part not in ("weight", "scales", "biases") or not meta_name(f"{module}.weight"):
+            raise CheckpointError(
+                f"{path}: tensor {name} is not a Llama's; adapters are not loaded here"
+            )
     return tensors
-
-
-def _is_ours(path: Path, name: str) -> bool:
-    if name.endswith(ROPE_BUFFER):
-        return False
-    module, _, part = name.rpartition(".")
-    if part in ("weight", "scales", "biases") and meta_name(f"{module}.weight"):
-        return True
-    raise CheckpointError(f"{path}: tensor {name} is not a Llama's; adapters are not loaded here")
 
 
 def decide_folder_kind(
@@ -197,35 +226,55 @@ def decide_folder_kind(
     *,
     flag: str | None = None,
 ) -> Decision:
-    """Choose the kind of a folder in Hugging Face's layout; raw is its config.json."""
-    recorded = own_entry(raw).get("kind")
+    """Choose the kind of a folder in Hugging Face's layout; raw is its config.json.
+
+    Raises UnsupportedModelError for a recorded kind that is unknown or of the other tokenizer.
+    """
+    is_tiktoken = tokenizer.family == "tiktoken"
     return decide_kind(
         flag=flag,
-        recorded=recorded if isinstance(recorded, str) else None,
+        recorded=None if flag else _recorded_kind(path, raw, is_tiktoken=is_tiktoken),
         chat_template=_chat_template_text(path),
         names=[*folder_names(path), str(raw.get("_name_or_path", ""))],
         base=base_kind(
-            is_tiktoken=tokenizer.family == "tiktoken",
+            is_tiktoken=is_tiktoken,
             is_rope_scaled=config.rope_scaling is not None,
             is_tied=config.tied,
             norm_eps=config.norm_eps,
             rope_theta=config.rope_theta,
         ),
-        is_tiktoken=tokenizer.family == "tiktoken",
+        is_tiktoken=is_tiktoken,
     )
 
 
-def folder_names(path: Path) -> list[str]:
-    """Return what a folder goes by, nearest first, up to a name that is the model's own.
+def _recorded_kind(path: Path, raw: Mapping[str, Any], *, is_tiktoken: bool) -> str | None:
+    recorded = own_entry(raw).get("kind")
+    if recorded is None:
+        return None
+    if not isinstance(recorded, str) or recorded not in KINDS:
+        raise UnsupportedModelError(
+            f"{path / 'config.json'}: mlx_llama.kind is {repr(recorded)[:60]}, expected one of "
+            f"{', '.join(KINDS)}"
+        )
+    if KINDS[recorded].is_tiktoken != is_tiktoken:
+        wanted, found = ("tiktoken", "SentencePiece")[:: -1 if is_tiktoken else 1]
+        raise UnsupportedModelError(
+            f"{path / 'config.json'}: mlx_llama.kind {recorded} has a {wanted} tokenizer, the one "
+            f"here is {found}; they belong to different models"
+        )
+    return recorded
 
-    `models--A--B/snapshots/COMMIT/original` in Hugging Face's cache has it three levels up.
+
+def folder_names(path: Path) -> list[str]:
+    """Return what a folder is called, nearest first: as given, itself, and the two above it.
+
+    A download cache keeps `models--meta-llama--Llama-2-7b-chat-hf/snapshots/<commit>`, and Meta's
+    own files in a folder below that, whose name is every model's.
     """
     place = path.resolve()
-    names = [place.name]
-    while _NO_MODEL_NAME.fullmatch(place.name):
+    while _ANY_MODELS_NAME.fullmatch(place.name):
         place = place.parent
-        names.append(place.name)
-    return names
+    return [path.absolute().name, place.name, *(above.name for above in place.parents[:2])]
 
 
 def _chat_template_text(path: Path) -> str | None:
@@ -235,30 +284,66 @@ def _chat_template_text(path: Path) -> str | None:
         return file.read_text(encoding="utf-8", errors="replace")
     if not (path / "tokenizer_config.json").is_file():
         return None
-    template = load_json(path / "tokenizer_config.json", max_bytes=MAX_JSON_BYTES).get(
+    stored = load_json(path / "tokenizer_config.json", max_bytes=MAX_JSON_BYTES).get(
         "chat_template"
     )
-    return template if isinstance(template, str) else None
+    if isinstance(stored, list):  # several of them by name
+        templates = [entry for entry in stored if isinstance(entry, dict)]
+        templates.sort(key=lambda entry: entry.get("name") != "default")
+        stored = templates[0].get("template") if templates else None
+    return stored if isinstance(stored, str) else None
 
 
-def _sampling_defaults(path: Path) -> SamplingDefaults:
-    """Read generation_config.json; values that cannot be are as good as absent."""
-    if not (path / "generation_config.json").is_file():
-        return SamplingDefaults()
-    raw = load_json(path / "generation_config.json", max_bytes=MAX_JSON_BYTES)
-    if raw.get("do_sample") is False:
-        return SamplingDefaults(temperature=0.0)
+def read_generation_config(path: Path) -> dict[str, Any] | None:
+    """Read a folder's generation_config.json; None where there is none."""
+    file = path / GENERATION_NAME
+    return load_json(file, max_bytes=MAX_JSON_BYTES) if file.is_file() else None
 
-    def number(name: str, low: float, high: float) -> float | None:
+
+def recorded_stop_ids(
+    path: Path, raw: Mapping[str, Any], generation: Mapping[str, Any] | None, *, vocab_size: int
+) -> tuple[int, ...]:
+    """Return the ids that config.json (raw) and generation_config.json name as ends, sorted."""
+    ids: set[int] = set()
+    for name, content in (("config.json", raw), (GENERATION_NAME, generation or {})):
+        value = content.get("eos_token_id")
+        for token in value if isinstance(value, list) else [] if value is None else [value]:
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise CheckpointError(
+                    f"{path / name}: eos_token_id is {repr(value)[:60]}, expected token ids from 0 "
+                    f"to {vocab_size - 1}"
+                )
+            ids.add(token)
+    return tuple(sorted(ids))
+
+
+def sampling_defaults(path: Path, generation: Mapping[str, Any] | None) -> SamplingDefaults:
+    """Take what a folder's generation_config.json recommends.
+
+    Raises CheckpointError for a value that cannot be.
+    """
+    raw, file = generation or {}, path / GENERATION_NAME
+    is_sampled = raw.get("do_sample")
+    if is_sampled not in (None, False, True):
+        raise CheckpointError(f"{file}: do_sample is {is_sampled!r:.60}, expected true or false")
+
+    def number(name: str, low: float, high: float, *, is_whole: bool = False) -> Any:
         value = raw.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if value is None:
             return None
-        return value if low <= value <= high else None
+        is_number = isinstance(value, int if is_whole else int | float)
+        if isinstance(value, bool) or not is_number or not low <= value <= high:
+            what = "a whole number" if is_whole else "a number"
+            raise CheckpointError(
+                f"{file}: {name} is {repr(value)[:60]}, expected {what} from {low:g} to {high:g}"
+            )
+        return value
 
-    top_k = number("top_k", 0, 1 << 21)
+    temperature = number("temperature", 0.0, 100.0)
     return SamplingDefaults(
-        temperature=number("temperature", 0.0, 100.0),
+        temperature=0.0 if is_sampled is False else temperature,
         top_p=number("top_p", 0.0, 1.0),
-        top_k=None if top_k is None else int(top_k),
+        top_k=number("top_k", 0, 1 << 21, is_whole=True),
+        min_p=number("min_p", 0.0, 1.0),
         repetition_penalty=number("repetition_penalty", 0.01, 100.0),
     )

@@ -11,13 +11,26 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mlx_llama.errors import OptionError
 
 DTYPE_NAMES = ("bfloat16", "float16", "float32")
 DEFAULT_TEMPERATURE = 0.6  # Meta's reference code and the Llama 3 release
 DEFAULT_TOP_P = 0.9
+MAX_BIAS = 1e6  # scores are a few dozen; far larger ones would overflow float32 in the sampler
+
+# How a field's type is called in a message.
+_TYPE_NAMES: Mapping[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "True or False",
+    list[str]: "a list of texts",
+    dict[str, float]: "texts with a number each",
+}
 
 
 def _option(
@@ -42,29 +55,62 @@ def _option(
 
 
 class _Checked:
-    """Checks every field against its metadata when it is set."""
+    """Checks every option against its type and its metadata when it is set."""
 
     def __post_init__(self) -> None:
+        hints = _hints(type(self))
         for spec in fields(self):  # pyright: ignore[reportArgumentType]
-            problem = _problem(getattr(self, spec.name), spec.metadata)
+            if not spec.metadata:  # no option
+                continue
+            problem = _problem(getattr(self, spec.name), hints[spec.name], spec.metadata)
             if problem:
                 raise OptionError(f"--{spec.name.replace('_', '-')}: {problem}")
 
 
-def _problem(value: Any, metadata: Mapping[str, Any]) -> str | None:
+@cache
+def _hints(options: type) -> Mapping[str, Any]:
+    return get_type_hints(options)
+
+
+def _problem(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str | None:
     low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
+    if not _is_of_type(value, hint):
+        kinds = [_TYPE_NAMES[kind] for kind in _arms(hint) if kind is not NoneType]
+        return f"found {repr(value)[:60]}, expected {' or '.join(kinds)}"
     if value is None:
         return None
     if choices is not None and value not in choices:
         return f"found {value!r}, expected one of {', '.join(map(str, choices))}"
     if low is None and high is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return f"found {value!r}, expected a number"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"found {value}, expected a number"
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
         return f"found {value}, expected {bounds}"
     return None
+
+
+def _arms(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _is_of_type(value: object, hint: Any) -> bool:
+    """Whether a value fits an annotation; true is no number, and a whole number is a float."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_is_of_type(value, arm) for arm in arguments)
+    if origin is list:
+        return isinstance(value, list | tuple) and all(_is_of_type(v, arguments[0]) for v in value)
+    if origin is dict:
+        key_hint, value_hint = arguments
+        return isinstance(value, Mapping) and all(
+            _is_of_type(key, key_hint) and _is_of_type(item, value_hint)
+            for key, item in value.items()
+        )
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +119,8 @@ class SamplingOptions(_Checked):
 
     temperature: float | None = _option(
         None,
-        "randomness; 0 always takes the likeliest token (default: the model's, or 0.6)",
+        "randomness; 0 always takes the likeliest token, whatever the filters "
+        "(default: the model's, or 0.6)",
         low=0.0,
         high=100.0,
     )
@@ -86,8 +133,11 @@ class SamplingOptions(_Checked):
     top_k: int | None = _option(
         None, "keep this many likeliest tokens; 0 keeps all (default: the model's, or 0)", low=0
     )
-    min_p: float = _option(
-        0.0, "drop tokens less likely than this share of the likeliest", low=0.0, high=1.0
+    min_p: float | None = _option(
+        None,
+        "drop tokens less likely than this share of the likeliest (default: the model's, or 0)",
+        low=0.0,
+        high=1.0,
     )
     repetition_penalty: float | None = _option(
         None,
@@ -102,7 +152,9 @@ class SamplingOptions(_Checked):
         0.0, "subtract for each time that the answer holds a token", low=-100.0, high=100.0
     )
     logit_bias: dict[str, float] = _option(
-        {}, "TEXT=B adds B to the score of a token, with or without a leading space; repeatable"
+        {},
+        "TEXT=B adds B to the score of a token, with or without a leading space; -inf bans it; "
+        "repeatable",
     )
     seed: int | None = _option(
         None, "makes the answer repeatable (default: another one each time)", low=0, high=2**32 - 1
@@ -130,13 +182,14 @@ class GenerationOptions(SamplingOptions):
         """Check what the fields' bounds cannot say."""
         # Zero-argument super() does not survive dataclass(slots=True), which makes a new class.
         _Checked.__post_init__(self)
-        if isinstance(self.stop, str) or not all(isinstance(s, str) for s in self.stop):
-            raise OptionError("--stop: expected a list of texts")
         if "" in self.stop:
             raise OptionError("--stop: an empty text would stop every answer; leave it out")
         for text, bias in self.logit_bias.items():
-            if isinstance(bias, bool) or not isinstance(bias, int | float) or math.isnan(bias):
-                raise OptionError(f"--logit-bias: {text!r} has {bias!r}, expected a number")
+            if bias != -math.inf and not -MAX_BIAS <= bias <= MAX_BIAS:
+                raise OptionError(
+                    f"--logit-bias: {text!r} has {bias}, expected a number from {-MAX_BIAS:.0f} to "
+                    f"{MAX_BIAS:.0f}, or -inf to ban the token"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

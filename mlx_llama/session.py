@@ -8,7 +8,8 @@ the ids that the model chose, so that the next prompt begins with exactly what i
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlx_llama.cache import KVCache
@@ -22,17 +23,39 @@ if TYPE_CHECKING:
     from mlx_llama.llama import Llama
 
 
+@dataclass(slots=True)
+class _Turn:
+    """One answer on its way. given: the messages it answers, None for a plain text.
+
+    steps: set when it has begun. taken: what it has yielded.
+    """
+
+    ids: list[int]
+    options: GenerationOptions
+    at_start: bool
+    on_prefill: OnPrefill | None
+    cancel: threading.Event | None
+    given: list[Message] | None = None
+    steps: Generator[Step] | None = None
+    taken: list[Step] = field(default_factory=list)
+
+
 class Session:
-    """A conversation with one model; owns its cache. Not safe for two threads at once."""
+    """A conversation with one model; owns its cache. Not safe for two threads at once.
+
+    It has one answer at a time: beginning another ends the one before.
+    """
 
     def __init__(self, llama: Llama) -> None:
         self._llama = llama
+        self._turn: _Turn | None = None
         self.messages: list[Message] = []
         self.tokens: list[int] = []
         self.cache = self._new_cache()
 
     def ask(self, text: str, **options: Any) -> Iterator[Step]:
         """Add a user's message and answer it; the options are those of `stream`."""
+        self._supersede()
         return self.stream([*self.messages, Message("user", text)], **options)
 
     def stream(
@@ -46,7 +69,8 @@ class Session:
     ) -> Iterator[Step]:
         """Answer messages, which become the session's, with the answer behind them.
 
-        An answer that is cut (cancelled, closed early, out of tokens) is kept as far as it went.
+        An answer that is cut (cancelled, closed early, out of tokens) is kept as far as it went;
+        after an error the session is as it was before.
         date: shown in the system block of the formats that have one; None leaves the block out.
         """
         checked = generation_options(options)
@@ -54,8 +78,9 @@ class Session:
         if not given or given[-1].role == "assistant":
             raise OptionError("messages: the last one must be there and not the assistant's")
         prompt = self._llama.prompt_format
-        ids = prompt.encode(given, date=date)
-        return self._answer(given, ids, checked, prompt.strips_leading_space, on_prefill, cancel)
+        ids = self._llama.prompt_ids(prompt.encode(given, date=date))
+        at_start = prompt.strips_leading_space
+        return self._steps(_Turn(ids, checked, at_start, on_prefill, cancel, given))
 
     def complete(
         self,
@@ -71,10 +96,11 @@ class Session:
         tokenizer = self._llama.tokenizer
         # A text's first space is the tokenizer's own; behind other text it is the answer's.
         at_start = not any(tokenizer.token_bytes(token) for token in ids)
-        return self._steps(ids, checked, at_start, on_prefill, cancel, [])
+        return self._steps(_Turn(ids, checked, at_start, on_prefill, cancel))
 
     def clear(self) -> None:
         """Forget everything: messages, tokens and cache."""
+        self._supersede()
         self.messages.clear()
         self.tokens.clear()
         self.cache = self._new_cache()
@@ -83,72 +109,68 @@ class Session:
         config = self._llama.config
         return KVCache(config.n_layers, limit=config.max_context)
 
-    def _answer(
-        self,
-        given: list[Message],
-        ids: list[int],
-        options: GenerationOptions,
-        at_start: bool,
-        on_prefill: OnPrefill | None,
-        cancel: threading.Event | None,
-    ) -> Iterator[Step]:
-        answer: list[int] = []
-        text: list[str] = []
-        reason: str | None = None
-        self.messages = given
+    def _steps(self, turn: _Turn) -> Iterator[Step]:
+        """Generate; afterwards `tokens` and `messages` are what was computed and said."""
+        self._supersede()
+        self._turn = turn
+        before = self.messages
+        if turn.given is not None:
+            self.messages = turn.given
         try:
-            for step in self._steps(ids, options, at_start, on_prefill, cancel, answer):
-                text.append(step.text)
-                reason = step.finish_reason
+            turn.steps = generate(self._llama.model, self.cache, self._request(turn))
+            self._reuse(turn.ids)
+            for step in turn.steps:
+                turn.taken.append(step)
                 yield step
         finally:
-            if reason == "eos":
-                answer.pop()
-            # A stop text is not part of the answer, but its tokens are among the ids.
-            kept = None if reason == "stop" else tuple(answer)
-            if text:
-                self.messages = [*given, Message("assistant", "".join(text), kept)]
+            if self._turn is turn:
+                self._settle(turn)
+                if not turn.taken:
+                    self.messages = before
 
-    def _steps(
-        self,
-        ids: list[int],
-        options: GenerationOptions,
-        at_start: bool,
-        on_prefill: OnPrefill | None,
-        cancel: threading.Event | None,
-        answer: list[int],
-    ) -> Iterator[Step]:
-        """Generate, collecting the answer's ids; afterwards `tokens` is what the cache holds."""
+    def _supersede(self) -> None:
+        """End the answer that is still on its way; who iterates over it gets no more steps."""
+        if self._turn is not None:
+            self._settle(self._turn)
+
+    def _settle(self, turn: _Turn) -> None:
+        """Close a turn's generator; bring tokens and messages in line with what it did."""
+        self._turn = None
+        if turn.steps is None:
+            return
+        turn.steps.close()
+        answer = [step.token_id for step in turn.taken if step.token_id is not None]
+        known = [*turn.ids, *answer]
+        # A step that was queued early may have cached a token that was never read.
+        self.cache.trim(max(0, self.cache.offset - len(known)))
+        self.tokens = known[: self.cache.offset]
+        if turn.given is None or not turn.taken:
+            return
+        reason = turn.taken[-1].finish_reason
+        # A stop text is not part of the answer, but its tokens are among the ids.
+        kept = None if reason == "stop" else tuple(answer[:-1] if reason == "eos" else answer)
+        text = "".join(step.text for step in turn.taken)
+        self.messages = [*turn.given, Message("assistant", text, kept)]
+
+    def _request(self, turn: _Turn) -> Request:
         llama = self._llama
-        filled = llama.sampling_defaults.fill(options)
-        request = Request(
-            ids=ids,
+        filled = llama.sampling_defaults.fill(turn.options)
+        sampler = Sampler(
+            filled,
+            vocab_size=llama.config.vocab_size,
+            prompt=turn.ids,
+            bias=bias_by_token(filled.logit_bias, llama.tokenizer),
+        )
+        return Request(
+            ids=turn.ids,
             options=filled,
-            sampler=Sampler(
-                filled,
-                vocab_size=llama.config.vocab_size,
-                prompt=ids,
-                bias=bias_by_token(filled.logit_bias, llama.tokenizer),
-            ),
-            detokenizer=llama.tokenizer.detokenizer(at_start=at_start),
+            sampler=sampler,
+            detokenizer=llama.tokenizer.detokenizer(at_start=turn.at_start),
             stop_ids=llama.stop_ids,
             context_limit=llama.config.max_context,
-            on_prefill=on_prefill,
-            cancel=cancel,
+            on_prefill=turn.on_prefill,
+            cancel=turn.cancel,
         )
-        self._reuse(ids)
-        steps = generate(llama.model, self.cache, request)
-        try:
-            for step in steps:
-                if step.token_id is not None:
-                    answer.append(step.token_id)
-                yield step
-        finally:
-            steps.close()  # pyright: ignore[reportAttributeAccessIssue]
-            known = [*ids, *answer]
-            # A step that was queued early may have cached a token that was never read.
-            self.cache.trim(max(0, self.cache.offset - len(known)))
-            self.tokens = known[: self.cache.offset]
 
     def _reuse(self, ids: Sequence[int]) -> None:
         """Trim the cache to what it shares with ids; the last id is always computed."""

@@ -21,6 +21,7 @@ from mlx_llama.model import Block, LlamaModel
 EMBEDDING = "tok_embeddings.weight"
 OUTPUT = "output.weight"
 NORM = "norm.weight"
+FLOATS = (mx.float32, mx.bfloat16, mx.float16)
 
 TOP_NAMES = {EMBEDDING: "model.embed_tokens", NORM: "model.norm", OUTPUT: "lm_head"}
 LAYER_NAMES = {
@@ -131,7 +132,8 @@ def build_model(
     """Make the model of a directory's arrays, one block evaluated at a time.
 
     arrays: by Hugging Face names, not yet evaluated; emptied as they are used.
-    dtype: of dense weights, scales and activations. on_block(done, total) is called after each block.
+    dtype: of dense weights, scales and activations.
+    on_block(done, total) is called after each block.
     Raises CheckpointError for a missing tensor or a wrong shape.
     """
     reader = _ArrayReader(config, arrays, dtype)
@@ -146,6 +148,8 @@ def build_model(
         mx.eval(blocks[-1].arrays())
         if on_block is not None:
             on_block(index + 1, config.n_layers)
+    if unused := sorted(name for name in arrays if not name.startswith("lm_head.")):
+        raise CheckpointError(f"tensor {unused[0]} has no place in the model; it would be ignored")
     return LlamaModel(config, tok_embeddings=embedding, blocks=blocks, norm=norm, output=output)
 
 
@@ -192,14 +196,19 @@ class _ArrayReader:
             raise CheckpointError(
                 f"tensor {module}.weight: width {columns} is no multiple of group {form.group_size}"
             )
-        weight = self._take(f"{module}.weight", (rows, columns * form.bits // 32))
-        scales = self._take(f"{module}.scales", (rows, columns // form.group_size))
+        weight = self._take(f"{module}.weight", (rows, columns * form.bits // 32), (mx.uint32,))
+        groups = (rows, columns // form.group_size)
         if form.mode != "affine":  # the scales are bit patterns there, not numbers
-            return Packed(weight, scales, None, form)
-        biases = self._take(f"{module}.biases", (rows, columns // form.group_size))
-        return Packed(weight, scales.astype(self._dtype), biases.astype(self._dtype), form)
+            scales = self._take(f"{module}.scales", groups, (mx.uint8,))
+            return Packed(weight, scales, None, form, self._dtype)
+        scales = self._take(f"{module}.scales", groups)
+        biases = self._take(f"{module}.biases", groups)
+        scales, biases = scales.astype(self._dtype), biases.astype(self._dtype)
+        return Packed(weight, scales, biases, form, self._dtype)
 
-    def _take(self, name: str, shape: tuple[int, ...]) -> mx.array:
+    def _take(
+        self, name: str, shape: tuple[int, ...], dtypes: tuple[mx.Dtype, ...] = FLOATS
+    ) -> mx.array:
         if name not in self._arrays:
             raise CheckpointError(f"tensor {name} is missing from the model directory")
         # Taken out: rows that are joined shall not stay in memory beside the join.
@@ -207,5 +216,9 @@ class _ArrayReader:
         if array.shape != shape:
             raise CheckpointError(
                 f"tensor {name}: shape {array.shape}, expected {shape} by config.json"
+            )
+        if (dtype := array.dtype) not in dtypes:
+            raise CheckpointError(
+                f"tensor {name}: stored as {dtype}, expected {' or '.join(map(str, dtypes))}"
             )
         return array

@@ -32,6 +32,8 @@ def convert(
     no_quantize: bool = False,
     dry_run: bool = False,
     force: bool = False,
+    verify: bool = False,
+    quiet: bool = False,
 ) -> None:
     """Turn a checkpoint into a model directory that mlx-llama, mlx-lm and LM Studio load.
 
@@ -50,8 +52,12 @@ def convert(
         print the plan and stop
     force
         replace a model directory that exists
+    verify
+        run 32 tokens through the source's weights and the written ones and compare the logits
+    quiet
+        print no plan and no progress
     """
-    from mlx_llama_convert import convert_checkpoint, make_plan, open_source
+    from mlx_llama_convert import make_plan, open_source
     from mlx_llama_convert.output import check_target
 
     wanted = given(flags)
@@ -63,24 +69,35 @@ def convert(
     if not dry_run:
         check_target(target, force=force)
     plan = make_plan(open_source(source, options), options)
-    for line in plan_lines(plan, target):
-        print(line, file=sys.stdout if dry_run else sys.stderr)
-    if dry_run:
-        return
+    if dry_run or not quiet:
+        for line in plan_lines(plan, target):
+            print(line, file=sys.stdout if dry_run else sys.stderr)
+    if not dry_run:
+        _carry_out(plan, target, force=force, verify=verify, quiet=quiet)
+        print(target)
+
+
+def _carry_out(
+    plan: ConversionPlan, target: Path, *, force: bool, verify: bool, quiet: bool
+) -> None:
+    from mlx_llama_convert import convert_checkpoint
+
     started = monotonic()
-    with byte_bar("converting") as on_progress:
+    with byte_bar("converting", is_quiet=quiet) as on_progress:
         convert_checkpoint(
             plan,
             target,
             n_threads=min(os.cpu_count() or 1, MAX_THREADS),
             force=force,
+            verify=verify,
             command=["mlx-llama", *sys.argv[1:]],
             on_progress=on_progress,
+            on_note=None if quiet else remark,
         )
-    elapsed = monotonic() - started
-    rate = int(plan.source_bytes / max(elapsed, 1e-9))
-    remark(f"done in {elapsed:.1f} s, {size(rate)} read a second")
-    print(target)
+    if not quiet:
+        elapsed = max(monotonic() - started, 1e-9)
+        rates = [size(int(count / elapsed)) for count in (plan.source_bytes, plan.output_bytes)]
+        remark(f"done in {elapsed:.1f} s, {rates[0]} read and {rates[1]} written a second")
 
 
 def plan_lines(plan: ConversionPlan, target: Path) -> list[str]:

@@ -6,6 +6,7 @@ model directory's own defaults can take its place.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -64,8 +65,18 @@ def given(flags: object) -> dict[str, Any]:
     found = {spec.name: getattr(flags, spec.name) for spec in fields(flags)}  # pyright: ignore[reportArgumentType]
     found = {name: value for name, value in found.items() if value is not None}
     if "logit_bias" in found:
-        found["logit_bias"] = dict(_bias(text) for text in found["logit_bias"])
+        found["logit_bias"] = _biases(found["logit_bias"])
     return found
+
+
+def _biases(texts: Iterable[str]) -> dict[str, float]:
+    biases: dict[str, float] = {}
+    for text in texts:
+        token, bias = _bias(text)
+        if token in biases:
+            raise OptionError(f"--logit-bias: {token!r} is given twice; leave one of them out")
+        biases[token] = bias
+    return biases
 
 
 def _bias(text: str) -> tuple[str, float]:

@@ -12,6 +12,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import get_args
 
 from cyclopts import (
     App,
@@ -24,7 +25,7 @@ from cyclopts import (
 
 import mlx_llama
 from mlx_llama.errors import MlxLlamaError, OptionError
-from mlx_llama_apps import chat, convert, run, show
+from mlx_llama_apps import chat, convert, run, show, verify
 
 EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 1, 2, 130
 WHAT_TO_GIVE = {
@@ -41,7 +42,13 @@ app = App(
     default_parameter=Parameter(negative=(), show_default=False),
     help_epilogue="Each command has its own --help. --debug shows a traceback with an error.",
 )
-COMMANDS = {"convert": convert.convert, "show": show.show, "run": run.run, "chat": chat.chat}
+COMMANDS = {
+    "convert": convert.convert,
+    "verify": verify.verify,
+    "show": show.show,
+    "run": run.run,
+    "chat": chat.chat,
+}
 for _function in COMMANDS.values():
     app.command(_function)
 
@@ -126,26 +133,35 @@ def _too_many(error: CycloptsError) -> str | None:
     return f"too many arguments: {rest!r}; a prompt of several words goes into quotes"
 
 
+def _is_switch(argument: Argument) -> bool:
+    return argument.hint is bool or bool in get_args(argument.hint)
+
+
 def _refuse_mistyped_option(command: str | None, tokens: list[str]) -> None:
-    """Refuse what is nearly an option: a PROMPT, which may begin with hyphens, would swallow it."""
+    """Refuse unknown options: a PROMPT, which may begin with hyphens, would swallow them."""
     if command is None:
         return
     arguments = arguments_of(command)
-    known = {name: a.hint is not bool for a in arguments for name in a.names if name[:1] == "-"}
+    known = {name: not _is_switch(a) for a in arguments for name in a.names if name[:1] == "-"}
     known |= {"--help": False, "-h": False}
-    takes_next = False
+    asking: str | None = None  # the option whose value comes next
     for token in tokens[1:]:
         name = token.partition("=")[0]
-        if takes_next:
-            takes_next = False
+        if asking is not None:
+            if token in known:
+                raise OptionError(
+                    f"{asking} needs a value, found the option {token}; a value that looks like an "
+                    f"option is written {asking}={token}"
+                )
+            asking = None
         elif token == "--":
             return
         elif name in known:
-            takes_next = known[name] and "=" not in token
-        elif LONG_OPTION.fullmatch(name) and (
-            near := difflib.get_close_matches(name, known, 1, 0.8)
-        ):
+            asking = name if known[name] and "=" not in token else None
+        elif LONG_OPTION.fullmatch(name):
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f", did you mean {near[0]}" if near else ""
             raise OptionError(
-                f"unknown option {name}, did you mean {near[0]}; see mlx-llama {command} --help "
-                "(a prompt like this goes behind --)"
+                f"unknown option {name}{hint}; see mlx-llama {command} --help (a prompt like this "
+                "goes behind --)"
             )

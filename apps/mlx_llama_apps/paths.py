@@ -16,7 +16,7 @@ APP_NAME = "mlx-llama"
 
 
 def data_folder() -> Path:
-    """Return the folder of what the user keeps: models, chats, history."""
+    """Return the folder of what the user keeps."""
     home = os.environ.get("MLX_LLAMA_HOME")
     if home:
         return Path(home).expanduser() / "data"
@@ -26,11 +26,6 @@ def data_folder() -> Path:
 def models_folder() -> Path:
     """Return the folder that `convert` writes to without --output."""
     return data_folder() / "models"
-
-
-def history_file() -> Path:
-    """Return the file of what was typed into the chat."""
-    return data_folder() / "history"
 
 
 def default_output(source: Path, *, bits: int | None) -> Path:

@@ -18,8 +18,11 @@ def remark(text: str) -> None:
 
 
 @contextmanager
-def byte_bar(title: str) -> Iterator[OnBytes]:
+def byte_bar(title: str, *, is_quiet: bool = False) -> Iterator[OnBytes | None]:
     """Yield a callback(done, total, name) that draws a bar, or plain lines without a terminal."""
+    if is_quiet:
+        yield None
+        return
     if not sys.stderr.isatty():
         yield _plain_lines(title)
         return
@@ -32,6 +35,7 @@ def byte_bar(title: str) -> Iterator[OnBytes]:
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.table import Column
 
     columns = (
         TextColumn("{task.description}"),
@@ -39,13 +43,13 @@ def byte_bar(title: str) -> Iterator[OnBytes]:
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[name]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=None)
+        task = progress.add_task(title, total=None, name="")
 
         def show(done: int, total: int, name: str) -> None:
-            del name
-            progress.update(task, completed=done, total=total)
+            progress.update(task, completed=done, total=total, name=name)
 
         yield show
 

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from mlx_llama.errors import MlxLlamaError, OptionError
+from mlx_llama.errors import OptionError
 from mlx_llama.options import GenerationOptions
 from mlx_llama_apps import paths
 from mlx_llama_apps.flags import GenerationFlags, given
 from mlx_llama_apps.inference import Inference, model_loader
-from mlx_llama_apps.progress import remark
-from mlx_llama_apps.terminal import StatusLine, write_text
+from mlx_llama_apps.terminal import StatusLine, read_stdin, write_text
 
 if TYPE_CHECKING:
     from mlx_llama import Llama, Step
@@ -59,7 +58,7 @@ def run(
     if raw and (system is not None or date is not None):
         raise OptionError("--system and --date: do nothing with --raw; leave one of them out")
     path = paths.resolve_model(model)
-    text = _read_stdin() if prompt in (None, "-") else prompt
+    text = read_stdin() if prompt in (None, "-") else prompt
     with StatusLine() as status, Inference(model_loader(path, dtype, status)) as inference:
         status.close()
         steps = inference.stream(_asking(text, raw, system, date, wanted, as_json))
@@ -129,17 +128,3 @@ def _as_object(steps: Iterator[Step]) -> dict[str, Any]:
         "finish_reason": end.finish_reason,
         "stats": None if end.stats is None else asdict(end.stats),
     }
-
-
-def _read_stdin() -> str:
-    if sys.stdin.isatty():
-        remark("reading the prompt from the terminal; Ctrl-D on an empty line ends it")
-    data = sys.stdin.buffer.read()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise MlxLlamaError(
-            f"standard input: byte {data[error.start]:#04x} at {error.start} is not UTF-8; "
-            "convert it first, for example with iconv"
-        ) from error
-    return text.removesuffix("\n").removesuffix("\r")

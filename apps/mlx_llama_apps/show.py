@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from mlx_llama_apps import paths
-from mlx_llama_apps.terminal import size
+from mlx_llama_apps.terminal import size, visible
 
 if TYPE_CHECKING:
     from mlx_llama.loading import ModelDirectory
+
+
+LINE_ENDS = {ord(char): " " for char in "\n\u2028\u2029"}
+MAX_FILE_BYTES = 1 << 63
 
 
 def show(
@@ -34,10 +38,11 @@ def show(
 
     facts = model_facts(open_model_directory(paths.resolve_model(model)))
     if as_json:
-        print(json.dumps(facts, ensure_ascii=False, indent=2))
+        print(visible(json.dumps(facts, ensure_ascii=False, indent=2)))
         return
     for name, value in _rows(facts):
-        print(f"{name:<14}{value}")
+        # The files' own texts stand in a value: they end no line and reach no terminal's controls.
+        print(f"{name:<14}{visible(value.translate(LINE_ENDS))}")
 
 
 def model_facts(directory: ModelDirectory) -> dict[str, Any]:
@@ -47,7 +52,9 @@ def model_facts(directory: ModelDirectory) -> dict[str, Any]:
 
     config, scaling = directory.config, directory.config.rope_scaling
     formats = directory.format_counts
-    dtype = ops.compute_dtype(config.dtype, is_quantized=directory.is_quantized, asked=None)
+    dtype = ops.compute_dtype(
+        directory.stored_dtype, is_quantized=directory.is_quantized, asked=None
+    )
     return {
         "path": str(directory.path),
         "kind": {
@@ -124,5 +131,12 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     for file in facts["source_files"]:
         digest = f"sha256 {str(file.get('sha256', ''))[:16]}…"
-        rows.append(("made of", f"{file.get('name')}, {size(file.get('bytes', 0))}, {digest}"))
+        rows.append(("made of", f"{file.get('name')}, {_file_size(file)}, {digest}"))
     return rows
+
+
+def _file_size(file: dict[str, Any]) -> str:
+    """Say how large a manifest's file is; a manifest may hold anything."""
+    nbytes = file.get("bytes")
+    is_sound = type(nbytes) is int and 0 <= nbytes < MAX_FILE_BYTES
+    return size(nbytes) if is_sound else "size unknown"

@@ -9,6 +9,8 @@ from time import monotonic
 from types import TracebackType
 from typing import Self, TextIO
 
+from mlx_llama.errors import MlxLlamaError
+
 # What a model (or a file it was fed) must not send to a terminal: C0 and C1 but tab and newline.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _CLEAR_LINE = "\r\x1b[2K"
@@ -22,10 +24,33 @@ def size(nbytes: int) -> str:
     return f"{nbytes} bytes"
 
 
+def visible(text: str) -> str:
+    """Return a text with its control characters, but tab and newline, as U+FFFD."""
+    return _CONTROL.sub("\ufffd", text)
+
+
 def write_text(text: str, stream: TextIO) -> None:
     """Write a model's text at once; at a terminal control characters become U+FFFD."""
-    stream.write(_CONTROL.sub("\ufffd", text) if stream.isatty() else text)
+    stream.write(visible(text) if stream.isatty() else text)
     stream.flush()
+
+
+def read_stdin() -> str:
+    """Read a text from standard input, less its last line break.
+
+    Raises MlxLlamaError for bytes that are not UTF-8.
+    """
+    if sys.stdin.isatty():
+        print("reading from the terminal; Ctrl-D on an empty line ends it", file=sys.stderr)
+    data = sys.stdin.buffer.read()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise MlxLlamaError(
+            f"standard input: byte {data[error.start]:#04x} at {error.start} is not UTF-8; "
+            "convert it first, for example with iconv"
+        ) from error
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 class StatusLine:

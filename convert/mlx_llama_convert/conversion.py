@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx_llama
 from mlx_llama.config import config_to_hf
+from mlx_llama.errors import OutputError
 from mlx_llama.kinds import kind_named
 from mlx_llama.loading import INDEX_NAME
 from mlx_llama.options import DEFAULT_TEMPERATURE, DEFAULT_TOP_P
-from mlx_llama_convert.hashing import FileHashes
-from mlx_llama_convert.output import new_directory
+from mlx_llama_convert import checklist
+from mlx_llama_convert.card import model_card
+from mlx_llama_convert.hashing import Hasher
+from mlx_llama_convert.output import JOURNAL, Partial, new_directory
 from mlx_llama_convert.plan import ConversionPlan
 from mlx_llama_convert.safetensors_writer import (
     SafetensorsWriter,
@@ -24,14 +29,17 @@ from mlx_llama_convert.safetensors_writer import (
     shard_names,
 )
 from mlx_llama_convert.tokenizer_files import write_tokenizer_files
+from mlx_llama_convert.verification import Verification, compare_weights
 from mlx_llama_quantize import quantize_weights
 
 MAX_SHARD_BYTES = 5_000_000_000
 MANIFEST_NAME = "manifest.json"
 # Beside the weights: tokenizer files and JSON, 30 MB for Llama 3.
 OTHER_BYTES = 40_000_000
+LICENSES = ("LICENSE*", "USE_POLICY*", "NOTICE*")
 
 OnProgress = Callable[[int, int, str], None]  # bytes written, bytes to write, tensor
+Digests = dict[str, str]  # hexadecimal by hashlib's name
 
 
 def convert_checkpoint(
@@ -40,50 +48,159 @@ def convert_checkpoint(
     *,
     n_threads: int,
     force: bool = False,
+    verify: bool = False,
     command: Sequence[str] = (),
     on_progress: OnProgress | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> None:
     """Write the model directory `target`; it appears whole or not at all.
 
-    force: replace a model directory that is there. command: what the user typed, for the manifest.
-    Raises OutputError and CheckpointError; whatever is raised, nothing is left behind.
+    force: replace a model directory that is there. verify: run some tokens through the source's
+    weights and the written ones (`compare_weights`). command: what the user typed, for the
+    manifest. on_note: told what is kept of an interrupted run. Files that such a run finished are
+    kept when source and options are the same.
+    Raises OutputError and CheckpointError.
     """
+    files = plan.source.files
+    _refuse_own_source(target, files)
+    expected = checklist.expected_digests(files)
     needed = plan.output_bytes + OTHER_BYTES
     with (
-        new_directory(target, force=force, needed_bytes=needed) as folder,
-        FileHashes(plan.source.files) as hashes,
+        new_directory(
+            target, force=force, needed_bytes=needed, job=_job(plan), on_note=on_note
+        ) as partial,
+        Hasher() as hasher,
     ):
-        _write_weights(plan, folder, n_threads, on_progress)
+        digests = {
+            path: hasher.submit(path, names=_digest_names(expected.get(path))) for path in files
+        }
+        _write_weights(plan, partial, hasher, n_threads, on_progress)
         kind = kind_named(plan.config.kind)
         write_tokenizer_files(
-            plan.source.tokenizer, kind, folder, max_context=plan.config.max_context
+            plan.source.tokenizer, kind, partial.folder, max_context=plan.config.max_context
         )
-        _write_json(folder / "config.json", _config_json(plan))
-        _write_json(folder / "generation_config.json", _generation_json(plan))
-        _write_json(folder / MANIFEST_NAME, _manifest(plan, hashes.result(), command))
+        _write_json(partial.folder / "config.json", _config_json(plan))
+        _write_json(partial.folder / "generation_config.json", _generation_json(plan))
+        _copy_licenses(plan.source.path, partial.folder)
+        sources = {path: future.result() for path, future in digests.items()}
+        for path, (algorithm, digest) in expected.items():
+            checklist.compare(path, algorithm, expected=digest, found=sources[path][algorithm])
+        result = compare_weights(plan.source, partial.folder) if verify else None
+        _finish(plan, partial, hasher, sources, result, command)
+
+
+def _refuse_own_source(target: Path, files: Sequence[Path]) -> None:
+    """Refuse an output that would replace what it is made of."""
+    resolved = target.resolve()
+    for file in files:
+        if file.resolve().is_relative_to(resolved):
+            raise OutputError(f"{target}: holds the source ({file}); choose another --output")
+
+
+def _digest_names(expected: tuple[str, str] | None) -> tuple[str, ...]:
+    return ("sha256", "md5") if expected and expected[0] == "md5" else ("sha256",)
+
+
+def _job(plan: ConversionPlan) -> str:
+    """Name what is being made: another source or other options make another name."""
+    stats = [(str(path), path.stat()) for path in plan.source.files]
+    return json.dumps(
+        {
+            "version": mlx_llama.__version__,
+            "mlx": version("mlx"),
+            "files": [[path, s.st_size, s.st_mtime_ns] for path, s in stats],
+            "options": asdict(plan.options),
+            "config": config_to_hf(plan.config),
+            "shard": MAX_SHARD_BYTES,
+        },
+        sort_keys=True,
+    )
 
 
 def _write_weights(
-    plan: ConversionPlan, folder: Path, n_threads: int, on_progress: OnProgress | None
+    plan: ConversionPlan,
+    partial: Partial,
+    hasher: Hasher,
+    n_threads: int,
+    on_progress: OnProgress | None,
 ) -> None:
-    shards = plan_shards(plan.entries, max_shard_bytes=MAX_SHARD_BYTES)
-    pieces = quantize_weights(
-        plan.source.weights, plan.forms, dtype=plan.options.dtype, n_threads=n_threads
-    )
-    total, done = plan.output_bytes, 0
-    with ExitStack() as stack:
-        writers = {}
-        for name, entries in zip(shard_names(len(shards)), shards, strict=True):
-            writer = SafetensorsWriter(folder / name, entries, metadata={"format": "mlx"})
-            writers |= dict.fromkeys((entry[0] for entry in entries), stack.enter_context(writer))
-        stack.callback(pieces.close)  # pyright: ignore[reportAttributeAccessIssue]
-        for name, piece in pieces:
-            writers[name].write(name, piece)
-            done += piece.nbytes
-            if on_progress is not None:
-                on_progress(done, total, name)
+    sizes = {name: plan.output_bytes_of(name) for name in plan.forms}
+    shards = plan_shards(sizes, max_shard_bytes=MAX_SHARD_BYTES)
+    entries = [[entry for name in names for entry in plan.entries_of(name)] for names in shards]
+    total, done = sum(sizes.values()), 0
+    hashing: list[tuple[str, Future[Digests]]] = []
+    for number, file in enumerate(shard_names(len(shards))):
+        if file in partial.finished:
+            done += sum(sizes[name] for name in shards[number])
+            continue
+        pieces = quantize_weights(
+            plan.source.weights,
+            plan.forms,
+            dtype=plan.options.dtype,
+            n_threads=n_threads,
+            names=shards[number],
+        )
+        with (
+            SafetensorsWriter(
+                partial.folder / file, entries[number], metadata={"format": "mlx"}
+            ) as writer,
+            closing(pieces),  # pyright: ignore[reportArgumentType]
+        ):
+            for name, piece in pieces:
+                writer.write(name, piece)
+                done += piece.nbytes
+                if on_progress is not None:
+                    on_progress(done, total, name)
+        hashing.append((file, hasher.submit(partial.folder / file)))
+        _note_finished(partial, hashing, wait=False)
+    _note_finished(partial, hashing, wait=True)
     if len(shards) > 1:
-        _write_json(folder / INDEX_NAME, build_index(shards))
+        _write_json(partial.folder / INDEX_NAME, build_index(entries))
+
+
+def _note_finished(
+    partial: Partial, hashing: list[tuple[str, Future[Digests]]], *, wait: bool
+) -> None:
+    """Write the files whose digests are known into the journal."""
+    while hashing and (wait or hashing[0][1].done()):
+        file, future = hashing.pop(0)
+        partial.finish(file, future.result()["sha256"])
+
+
+def _finish(
+    plan: ConversionPlan,
+    partial: Partial,
+    hasher: Hasher,
+    sources: dict[Path, Digests],
+    verification: Verification | None,
+    command: Sequence[str],
+) -> None:
+    """Write what speaks of all the other files: the card, and the manifest last."""
+    manifest = _manifest(plan, sources, verification, command)
+    (partial.folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
+    others = sorted(
+        path.name
+        for path in partial.folder.iterdir()
+        if path.name not in (*partial.finished, JOURNAL)
+    )
+    digests = {name: hasher.submit(partial.folder / name) for name in others}
+    hashed = partial.finished | {name: f.result()["sha256"] for name, f in digests.items()}
+    manifest["files"] = {
+        name: {"bytes": (partial.folder / name).stat().st_size, "sha256": hashed[name]}
+        for name in sorted(hashed)
+    }
+    _write_json(partial.folder / MANIFEST_NAME, manifest)
+
+
+def _copy_licenses(source: Path, folder: Path) -> None:
+    """Copy the licence that travels with the weights; it may lie above Meta's `original/`."""
+    place = source.resolve()
+    places = [place.parent, place] if place.name == "original" else [place]
+    for path in (
+        p for place in places for pattern in LICENSES for p in sorted(place.glob(pattern))
+    ):
+        if path.is_file() and path.stat().st_size < OTHER_BYTES:
+            (folder / path.name).write_bytes(path.read_bytes())
 
 
 def _config_json(plan: ConversionPlan) -> dict[str, Any]:
@@ -111,7 +228,10 @@ def _generation_json(plan: ConversionPlan) -> dict[str, Any]:
 
 
 def _manifest(
-    plan: ConversionPlan, hashes: dict[Path, str], command: Sequence[str]
+    plan: ConversionPlan,
+    sources: dict[Path, Digests],
+    verification: Verification | None,
+    command: Sequence[str],
 ) -> dict[str, Any]:
     """Return where the directory comes from and what was decided."""
     scaling = plan.config.rope_scaling
@@ -121,9 +241,10 @@ def _manifest(
         "mlx_version": version("mlx"),
         "command": [*command],
         "source": {
+            "name": plan.source.path.resolve().name,
             "layout": plan.source.layout,
             "files": [
-                {"name": path.name, "bytes": path.stat().st_size, "sha256": hashes[path]}
+                {"name": path.name, "bytes": path.stat().st_size, **sources[path]}
                 for path in plan.source.files
             ],
         },
@@ -132,9 +253,11 @@ def _manifest(
         if scaling is None
         else {"value": scaling.factor, "reason": plan.source.rope},
         "parameters": plan.config.parameter_count,
+        "weight_bytes": plan.output_bytes,
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "matrices": plan.format_counts,
         "notes": [*plan.notes],
+        "verification": None if verification is None else asdict(verification),
     }
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,49 +11,30 @@ from mlx_llama.config import ModelConfig, config_from_hf
 from mlx_llama.errors import CheckpointError, OptionError, UnsupportedModelError
 from mlx_llama.kinds import decide_rope_factor
 from mlx_llama.loading import (
-    INDEX_NAME,
+    GENERATION_NAME,
     MAX_JSON_BYTES,
-    ROPE_BUFFER,
-    collect_tensors,
     decide_folder_kind,
-    weight_files,
+    open_folder_tokenizer,
+    read_generation_config,
+    recorded_stop_ids,
+    sampling_defaults,
 )
 from mlx_llama.options import ConvertOptions
-from mlx_llama.safetensors_reader import open_safetensors
 from mlx_llama.strict_json import load_json
 from mlx_llama.tensor_ref import TensorRef
-from mlx_llama.tokenizer import open_tokenizer
+from mlx_llama.tokenizer import Tokenizer
+from mlx_llama.weight_files import SAFETENSORS, WeightFormat
 from mlx_llama.weights import EMBEDDING, OUTPUT, is_meta_name, meta_name
 from mlx_llama_convert.pth import open_pth
 from mlx_llama_convert.refusals import refuse_packed_folder, refuse_packed_tensors
 from mlx_llama_convert.source import CheckpointWeights, SourceModel, check_vocabulary
 from mlx_llama_convert.tensors import LogicalTensor, equal_content
 
-# Say more of the model than its weights, where they are there.
-_EVIDENCE = ("chat_template.jinja", "tokenizer_config.json", "generation_config.json")
-
-
-@dataclass(frozen=True, slots=True)
-class _Format:
-    """One of the two ways in which the layout holds weights."""
-
-    name: str
-    index_name: str
-    pattern: str
-    open_file: Callable[[Path], dict[str, TensorRef]]
-
-    def is_in(self, folder: Path) -> bool:
-        """Whether there are weights; an index may give them other names, but is none itself."""
-        has_index = (folder / self.index_name).is_file()
-        pattern = f"*{Path(self.pattern).suffix}" if has_index else self.pattern
-        return next(folder.glob(pattern), None) is not None
-
-
 # The first that is there is taken.
-_FORMATS = (
-    _Format("safetensors", INDEX_NAME, "model*.safetensors", open_safetensors),
-    _Format("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin", open_pth),
-)
+_FORMATS = (SAFETENSORS, WeightFormat("pytorch_model.bin", "pytorch_model", ".bin", open_pth))
+
+# What else is said of a model, if these are there.
+_EVIDENCE = ("chat_template.jinja", "tokenizer_config.json", GENERATION_NAME)
 
 
 def holds_huggingface(folder: Path) -> bool:
@@ -66,41 +47,55 @@ def open_huggingface(folder: Path, options: ConvertOptions) -> SourceModel:
     raw = load_json(folder / "config.json", max_bytes=MAX_JSON_BYTES)
     refuse_packed_folder(folder, raw)
     form, *others = [form for form in _FORMATS if form.is_in(folder)]
-    files = weight_files(folder, index_name=form.index_name, pattern=form.pattern)
-    refs = collect_tensors(files, form.open_file)
+    refs = form.open(folder)
     refuse_packed_tensors(folder, refs)
     tensors, is_interleaved = _by_meta_name(folder, refs)
     is_tied = _decide_tied(folder, raw, tensors)
     raw, notes = _completed(raw, tensors)
     config = config_from_hf({**raw, "tie_word_embeddings": is_tied}, kind="llama2", is_tied=None)
-    tokenizer = open_tokenizer(folder)
+    tokenizer = open_folder_tokenizer(folder, n_rows=config.vocab_size)
     check_vocabulary(tokenizer, config.vocab_size, is_padded=True)
     kind = decide_folder_kind(folder, raw, config, tokenizer, flag=options.kind)
     config, rope = _with_rope_factor(config, options)
+    generation = read_generation_config(folder)
+    sampling_defaults(folder, generation)  # refused here, as the result would be
     config = replace(
-        config, kind=kind.value, dtype=tensors[EMBEDDING].dtype, bos_id=None, eos_ids=()
+        config,
+        kind=kind.value,
+        dtype=tensors[EMBEDDING].dtype,
+        bos_id=None,
+        eos_ids=recorded_stop_ids(folder, raw, generation, vocab_size=config.vocab_size),
     )
-    if is_tied:
-        notes.append("the output is the embedding (tied)")
     if is_interleaved:
         notes.append("tensors have Meta's names: rows of wq and wk are taken in Meta's order")
     notes += [f"{other.name} is there too, not used: safetensors come first" for other in others]
     said = [folder / name for name in (form.index_name, "config.json", *_EVIDENCE)]
-    generation = folder / "generation_config.json"
     return SourceModel(
         path=folder,
         layout=f"Hugging Face checkpoint, {form.name}",
-        files=(*files, tokenizer.path, *(path for path in said if path.is_file())),
+        files=(
+            *sorted({ref.path for ref in refs.values()}),
+            tokenizer.path,
+            *(path for path in said if path.is_file()),
+        ),
         config=config,
         kind=kind,
         rope=rope,
         tokenizer=tokenizer,
         weights=CheckpointWeights(config, tensors, is_interleaved=is_interleaved),
-        generation=load_json(generation, max_bytes=MAX_JSON_BYTES)
-        if generation.is_file()
-        else None,
-        notes=tuple(notes),
+        generation=generation,
+        notes=(*notes, *_notes(config, tokenizer)),
     )
+
+
+def _notes(config: ModelConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
+    notes = ["the output is the embedding (tied)"] if config.tied else []
+    if n_unnamed := config.vocab_size - tokenizer.vocab_size:
+        notes.append(
+            f"{n_unnamed} rows of the embedding have no token in {tokenizer.path.name}; only those "
+            "that end an answer are ever chosen"
+        )
+    return tuple(notes)
 
 
 def _by_meta_name(
@@ -114,7 +109,7 @@ def _by_meta_name(
     tensors: dict[str, LogicalTensor] = {}
     styles: dict[bool, str] = {}
     for stored_name, ref in refs.items():
-        if stored_name.endswith((ROPE_BUFFER, "rope.freqs")):
+        if stored_name.endswith("rope.freqs"):  # computed, not learned
             continue
         by_hf = meta_name(stored_name) or meta_name(f"model.{stored_name}")
         is_meta = is_meta_name(stored_name)
@@ -202,6 +197,12 @@ def _with_rope_factor(
         if options.rope_factor is not None:
             raise OptionError("--rope-factor: config.json has no RoPE scaling to give a factor to")
         return config, None
+    rope_type = config.rope_scaling.rope_type
+    if options.rope_factor is not None and rope_type != "llama3":
+        raise OptionError(
+            f"--rope-factor: is for Llama 3.1's RoPE scaling, config.json has {rope_type} scaling; "
+            "leave it out"
+        )
     factor, reason = decide_rope_factor(
         flag=options.rope_factor,
         recorded=config.rope_scaling.factor,

@@ -191,7 +191,7 @@ def _decide_kind(
         flag=options.kind,
         recorded=None,
         chat_template=None,
-        names=[*folder_names(folder), folder.resolve().parent.name],
+        names=folder_names(folder),
         base=base_kind(
             is_tiktoken=is_tiktoken,
             is_rope_scaled=rope.scaling is not None,

@@ -6,40 +6,45 @@ exactly this.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mlx_llama.config import ModelConfig, QuantFormat
-from mlx_llama.dtypes import DTYPES
 from mlx_llama.errors import OptionError
 from mlx_llama.kinds import kind_named
+from mlx_llama.llama import stop_ids
 from mlx_llama.options import ConvertOptions
-from mlx_llama.tokenizer import Tokenizer
 from mlx_llama.weights import count_formats, hf_module, is_matrix
+from mlx_llama_convert.safetensors_writer import Entry, entry_nbytes
 from mlx_llama_convert.source import SourceModel
 from mlx_llama_quantize import QuantSpec, packed_entries
 from mlx_llama_quantize.spec import DEFAULT_GROUP_SIZE
-
-Entry = tuple[str, str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
     """One conversion.
 
-    config: of the result. forms: by Meta's name, None for a tensor that is not packed.
-    entries: the result's tensors in writing order, (Hugging Face name, dtype, shape).
-    notes: what the user should know before it starts.
+    config: of the result. forms: by Meta's name, in writing order, None for a tensor that is not
+    packed. notes: what the user should know before it starts.
     """
 
     source: SourceModel
     options: ConvertOptions
     config: ModelConfig
     forms: Mapping[str, QuantFormat | None]
-    entries: tuple[Entry, ...]
     notes: tuple[str, ...]
+
+    def entries_of(self, name: str) -> list[Entry]:
+        """Return what one tensor becomes: (Hugging Face name, dtype, shape) each."""
+        weights = self.source.weights
+        dtype = self.options.dtype or weights.dtype(name)
+        return packed_entries(name, weights.shape(name), dtype, self.forms[name])
+
+    def output_bytes_of(self, name: str) -> int:
+        """Return the bytes that one tensor becomes."""
+        return sum(entry_nbytes(entry) for entry in self.entries_of(name))
 
     @property
     def source_bytes(self) -> int:
@@ -49,7 +54,7 @@ class ConversionPlan:
     @property
     def output_bytes(self) -> int:
         """Bytes of the weights that will be written."""
-        return sum(math.prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in self.entries)
+        return sum(self.output_bytes_of(name) for name in self.forms)
 
     @property
     def bits_per_weight(self) -> float:
@@ -79,20 +84,12 @@ def make_plan(source: SourceModel, options: ConvertOptions) -> ConversionPlan:
             "--bits: no matrix has a width that a group of 32 divides, none can be packed; "
             "take --no-quantize"
         )
-    entries = [
-        entry
-        for name, form in forms.items()
-        for entry in packed_entries(
-            name, weights.shape(name), options.dtype or weights.dtype(name), form
-        )
-    ]
     config = _config(source, options, spec, forms)
     return ConversionPlan(
         source=source,
         options=options,
         config=config,
         forms=forms,
-        entries=tuple(entries),
         notes=(*source.notes, *_notes(source, spec, forms)),
     )
 
@@ -118,20 +115,15 @@ def _config(
             for name, form in forms.items()
             if is_matrix(name) and form != spec.default
         }
+    stops = stop_ids(kind_named(source.config.kind), source.tokenizer, source.config.eos_ids)
     return replace(
         source.config,
         dtype=options.dtype or source.config.dtype,
         quantization=spec.default if spec else None,
         overrides=overrides,
         bos_id=source.tokenizer.bos_id,
-        eos_ids=_eos_ids(source.config.kind, source.tokenizer),
+        eos_ids=tuple(sorted(stops)),
     )
-
-
-def _eos_ids(kind: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    specials = tokenizer.special_tokens
-    named = {specials[name] for name in kind_named(kind).stops if name in specials}
-    return tuple(sorted({tokenizer.eos_id, *named}))
 
 
 def _notes(

@@ -36,19 +36,18 @@ def entry_nbytes(entry: Entry) -> int:
     return math.prod(shape) * DTYPES[dtype].itemsize
 
 
-def plan_shards(entries: Sequence[Entry], *, max_shard_bytes: int) -> list[list[Entry]]:
-    """Split entries, in order, into files of at most `max_shard_bytes` of data.
+def plan_shards(sizes: Mapping[str, int], *, max_shard_bytes: int) -> list[list[str]]:
+    """Split tensors, in order, into files of at most `max_shard_bytes` of data.
 
-    A tensor that is larger has a file of its own. No entries give one empty file.
+    sizes: bytes by name. One that is larger has a file of its own. None give one empty file.
     """
-    shards: list[list[Entry]] = [[]]
+    shards: list[list[str]] = [[]]
     filled = 0
-    for entry in entries:
-        nbytes = entry_nbytes(entry)
+    for name, nbytes in sizes.items():
         if shards[-1] and filled + nbytes > max_shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(entry)
+        shards[-1].append(name)
         filled += nbytes
     return shards
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -55,12 +55,14 @@ def quantize_weights(
     *,
     dtype: str | None,
     n_threads: int,
+    names: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, mx.array]]:
     """Yield every tensor's arrays under their Hugging Face names, in pieces of consecutive rows.
 
     forms: by Meta's name, None for a tensor that is not packed. dtype: of scales and unpacked
-    tensors, None for the source's. Pieces come in the order of `source.names()` and of rows;
-    weight, scales and biases of the same rows follow each other. Evaluated.
+    tensors, None for the source's. names: the tensors wanted, by default all of `source.names()`.
+    Pieces come in that order and in the order of rows; weight, scales and biases of the same rows
+    follow each other. Evaluated.
     """
     streams = threading.local()
 
@@ -70,7 +72,8 @@ def quantize_weights(
         with mx.stream(streams.cpu):
             return _pack(source, job)
 
-    jobs = (job for name in source.names() for job in _jobs(source, name, forms[name], dtype))
+    wanted = source.names() if names is None else names
+    jobs = (job for name in wanted for job in _jobs(source, name, forms[name], dtype))
     waiting: deque[Future[list[tuple[str, mx.array]]]] = deque()
     pool = ThreadPoolExecutor(n_threads, thread_name_prefix="quantize")
     try:

@@ -47,7 +47,7 @@ class Terminal:
     """The chat behind a pseudo-terminal of 80 columns."""
 
     def __init__(self, home: Path, *arguments: object) -> None:
-        code = "from mlx_llama_apps.main import run_main; run_main()"
+        code = "from mlx_llama_apps.entry import run_main; run_main()"
         self.child: pexpect.spawn[str] = pexpect.spawn(
             sys.executable,
             ["-c", code, "chat", *map(str, arguments)],
@@ -126,7 +126,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(home: Path, chat_mod
 
 
 def test_pipe_gets_the_answer_alone(home: Path, chat_model: Path) -> None:
-    code = "from mlx_llama_apps.main import run_main; run_main()"
+    code = "from mlx_llama_apps.entry import run_main; run_main()"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MLX_LLAMA_HOME": str(home)}
 
     def output(*arguments: str, given: str) -> str:
@@ -154,3 +154,40 @@ def test_base_model_continues_the_users_text(home: Path, base_model: Path) -> No
     terminal.ask("the")
     terminal.expect(PROMPT)
     assert terminal.leave() == 0
+
+
+def test_errors_do_not_end_the_conversation(home: Path, llama2_chat_model: Path) -> None:
+    terminal = Terminal(home, llama2_chat_model, "--max-tokens", 5)
+    terminal.expect("llama2-chat")
+    terminal.expect(PROMPT)
+    terminal.ask("hello")
+    terminal.child.send("what is [INST] for?\r")
+    terminal.expect("INST")
+    terminal.expect("cannot|not|holds")
+    second = terminal.ask("the")
+    assert "new prompt tokens" in second
+    terminal.expect(PROMPT)
+    assert terminal.leave() == 0
+
+
+def test_settings_that_cannot_work_are_refused_at_once(
+    chat_model: Path, llama2_chat_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlx_llama_apps.main import main
+
+    assert main(["chat", str(llama2_chat_model), "--date", "26 Jul 2024"]) == 2
+    assert main(["chat", str(chat_model), "--logit-bias", "hello hello=1"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_base_text_goes_on_where_it_was_typed(base_model: Path) -> None:
+    import threading
+
+    import mlx_llama
+    from mlx_llama_apps.chat.talk import TextTalk
+
+    llama = mlx_llama.load(base_model)
+    talk = TextTalk(llama, options={"max_tokens": 0})
+    for text in ("hel", "lo"):
+        list(talk.answer(text, on_prefill=lambda *_: None, cancel=threading.Event()))
+    assert llama.tokenizer.decode(talk._ids) == "hello"

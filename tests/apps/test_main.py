@@ -20,7 +20,7 @@ from tiny_models import write_meta
 
 
 def command(*arguments: str | Path) -> list[str]:
-    code = "from mlx_llama_apps.main import run_main; run_main()"
+    code = "from mlx_llama_apps.entry import run_main; run_main()"
     return [sys.executable, "-c", code, *map(str, arguments)]
 
 
@@ -62,6 +62,8 @@ USAGE = [
     (["run", "BASE", "hi", "there"], "too many arguments: 'there'"),
     (["run", "BASE", "--temprature", "0", "hi"], "did you mean --temperature"),
     (["run", "BASE", "--ignore-eoss"], "did you mean --ignore-eos"),
+    (["run", "BASE", "--quiet"], "unknown option --quiet"),
+    (["run", "CHAT", "--system", "--json", "hi"], "--system needs a value, found the option"),
     (["run", "BASE", "hi", "--temperature", "hot"], 'unable to convert "hot"'),
     (["run", "BASE", "hi", "--temperature", "-1"], "--temperature: found -1.0, expected from 0.0"),
     (["run", "BASE", "hi", "--max-tokens"], "--max-tokens requires an argument"),
@@ -299,3 +301,27 @@ def test_ctrl_c_ends_run_at_once(base_model: Path, home: Path) -> None:
     assert time.monotonic() - started < 5
     assert (process.returncode, errors) == (130, b"")
     assert rest.endswith(b"\n")
+
+
+def test_prompt_behind_two_hyphens_is_taken_as_it_is(
+    base_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(base_model), "--max-tokens", "1", "--ignore-eos", "--", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_while_starting_is_quiet(base_model: Path, home: Path) -> None:
+    for delay in (0.02, 0.08, 0.15, 0.25):
+        with subprocess.Popen(
+            command("run", base_model, "hello", "--ignore-eos"),
+            env=environment(home),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        ) as process:
+            assert process.stderr is not None
+            time.sleep(delay)
+            process.send_signal(signal.SIGINT)
+            errors = process.stderr.read()
+        # The interpreter's own start, before any line of ours, is not ours to quieten.
+        assert process.returncode in (130, -signal.SIGINT, 1)
+        assert b"mlx_llama" not in errors

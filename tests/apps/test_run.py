@@ -60,7 +60,7 @@ def test_input_that_is_no_utf8_is_one_line(
     assert "byte 0xff at 3 is not UTF-8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("prompt", ["-5 + 3 =", "- item", "-hello", "--not-an-option-at-all"])
+@pytest.mark.parametrize("prompt", ["-5 + 3 =", "- item", "-hello", "--help me"])
 def test_prompt_may_begin_with_a_hyphen(
     base_model: Path, capsys: pytest.CaptureFixture[str], prompt: str
 ) -> None:

@@ -7,7 +7,13 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_llama.errors import MlxLlamaError, OptionError, QuantizationError, UnsupportedModelError
+from mlx_llama.errors import (
+    MlxLlamaError,
+    OptionError,
+    OutputError,
+    QuantizationError,
+    UnsupportedModelError,
+)
 from mlx_llama.loading import open_model_directory
 from mlx_llama.options import ConvertOptions
 from mlx_llama.weights import hf_module, is_matrix
@@ -198,3 +204,14 @@ def test_what_is_no_source_is_one_line(tmp_path: Path, name: str) -> None:
         open_source(tmp_path / name, ConvertOptions())
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("below", ["", "original"])
+def test_output_does_not_replace_its_own_source(tmp_path: Path, below: str) -> None:
+    plain = convert(write_meta(tmp_path / "m" / below), tmp_path / "plain", quantize=False)
+    source, target = (plain, plain) if not below else (tmp_path / "m" / below, tmp_path / "m")
+    options = ConvertOptions(bits=4)
+    plan = make_plan(open_source(source, options), options)
+    with pytest.raises(OutputError, match="holds the source"):
+        convert_checkpoint(plan, target, n_threads=1, force=True)
+    assert any(source.iterdir())

@@ -41,15 +41,5 @@ def test_greedy_tokens_are_the_peers(name: str, peer: str, tmp_path: Path) -> No
     assert [entry["prompt"] for entry in golden] == list(PROMPTS[name])
     for entry in golden:
         assert llama.prompt_ids(entry["prompt"]) == entry["ids"]
-        steps = llama.stream(
-            entry["prompt"], temperature=0.0, max_tokens=N_TOKENS, ignore_eos=True
-        )
+        steps = llama.stream(entry["prompt"], temperature=0.0, max_tokens=N_TOKENS, ignore_eos=True)
         assert [step.token_id for step in steps] == entry["tokens"]
-
-
-def test_the_golden_answers_say_something() -> None:
-    """Neither one token again and again nor one answer to every prompt."""
-    for peers in GOLDEN.values():
-        for answers in peers.values():
-            assert all(len(set(entry["tokens"])) > 10 for entry in answers)
-            assert len({tuple(entry["tokens"]) for entry in answers}) == len(answers)

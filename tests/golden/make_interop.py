@@ -6,7 +6,8 @@ and tokenizer, and each continues a few prompts greedily. Source and computation
 Needs torch, transformers and mlx-lm (made with 2.13, 5.23 and 0.32.2), which the tests do not:
 `python tests/golden/make_interop.py PYTHON SHARED`, an interpreter that has this project, and the
 folder that holds `checkpoints/stories260k`.
-Refuses to write where two tokens score so alike that rounding could decide between them.
+Refuses to write where two tokens score so alike that rounding could decide between them, or where
+an answer repeats itself.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from random_models import meta_params, meta_weights, random_model  # noqa: E402
 from tiny_tokenizers import write_tiktoken  # noqa: E402
 
 MARGIN = 1e-4  # of the largest logit; the same sums in another order differ by a tenth of it
+N_DISTINCT = 16
 Logits = Callable[[list[int]], np.ndarray]
 
 
@@ -63,6 +65,8 @@ def continue_greedily(logits_of: Logits, ids: list[int], where: str) -> list[int
         if margin < MARGIN:
             raise SystemExit(f"{where}: token {len(tokens)} leads by {margin:.1e} only")
         tokens.append(int(logits.argmax()))
+    if len(set(tokens)) < N_DISTINCT:
+        raise SystemExit(f"{where}: says the same {len(set(tokens))} tokens over and over")
     return tokens
 
 

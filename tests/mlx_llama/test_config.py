@@ -279,6 +279,13 @@ def test_any_json_is_read_or_refused_in_one_line(key: str, value: Any) -> None:
         assert isinstance(config, ModelConfig)
 
 
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
+@pytest.mark.parametrize("value", ["<s>", True, 1.0, {}, {"a": 1}, [None], [2, "x"], [[2]]])
+def test_ids_of_tokens_are_whole_numbers(key: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"{key} is .*, expected token ids"):
+        read({**OLD, key: value})
+
+
 # --- other models ------------------------------------------------------------------------------
 
 
@@ -321,6 +328,9 @@ def test_tying_is_what_the_file_says_else_what_the_weights_show(
 
 
 def test_tying_is_never_guessed() -> None:
+    for said in ("false", 0, [], 1.0):
+        with pytest.raises(CheckpointError, match="expected true or false"):
+            read({**OLD, "tie_word_embeddings": said}, is_tied=True)
     with pytest.raises(CheckpointError, match="tie_word_embeddings is missing"):
         read(without("tie_word_embeddings"))
 
@@ -376,6 +386,10 @@ def test_quantization_is_written_as_mlx_lm_reads_it() -> None:
         {"bits": 4.0, "group_size": 64},
         {"bits": True, "group_size": 64},
         {"bits": 4, "group_size": 48},
+        {"bits": 4, "group_size": 16},
+        {"bits": 4, "group_size": 64, "mode": "mxfp4"},
+        {"bits": 4, "group_size": 32, "mode": "mxfp8"},
+        {"bits": 4, "group_size": 32, "mode": "nvfp4"},
         {"bits": 4, "group_size": 64, "mode": "gguf"},
         {"bits": 4, "group_size": 64, "lm_head": {"bits": 4}},
         {"bits": 4, "group_size": 64, "lm_head": {"bits": 99, "group_size": 64}},

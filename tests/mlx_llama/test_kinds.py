@@ -232,48 +232,26 @@ def test_a_template_gives_the_instruct_kind_of_the_base(
 
 
 @pytest.mark.parametrize(
-    ("is_tiktoken", "is_rope_scaled", "is_tied", "norm_eps", "rope_theta", "expected"),
+    ("is_tiktoken", "is_rope_scaled", "is_tied", "norm_eps", "expected"),
     [
-        (False, False, False, 1e-6, 1e4, "llama1"),
-        (False, False, False, 1e-5, 1e4, "llama2"),
-        (False, False, False, 1e-5, 1e6, "codellama"),
-        (True, False, False, 1e-5, 5e5, "llama3"),
-        (True, False, False, 1e-5, 1e6, "llama3"),
-        (True, True, False, 1e-5, 5e5, "llama3.1"),
-        (True, True, True, 1e-5, 5e5, "llama3.2"),
+        (False, False, False, 1e-6, "llama1"),
+        (False, False, False, 1e-5, "llama2"),
+        (True, False, False, 1e-5, "llama3"),
+        (True, True, False, 1e-5, "llama3.1"),
+        (True, True, True, 1e-5, "llama3.2"),
     ],
 )
 def test_weights_and_tokenizer_tell_the_base(
-    is_tiktoken: bool,
-    is_rope_scaled: bool,
-    is_tied: bool,
-    norm_eps: float,
-    rope_theta: float,
-    expected: str,
+    is_tiktoken: bool, is_rope_scaled: bool, is_tied: bool, norm_eps: float, expected: str
 ) -> None:
     found = base_kind(
         is_tiktoken=is_tiktoken,
         is_rope_scaled=is_rope_scaled,
         is_tied=is_tied,
         norm_eps=norm_eps,
-        rope_theta=rope_theta,
+        rope_theta=1e4,
     )
     assert found == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "base", "expected"),
-    [
-        ("7B", "llama1", "llama1"),
-        ("7B", "llama2", "llama2"),
-        ("13B", "codellama", "codellama"),
-        ("65B", "llama2", "llama1"),  # the one LLaMA 1 with the norm_eps of Llama 2
-        ("llama-65b", "llama2", "llama1"),
-        ("llama-30b", "llama2", "llama2"),
-    ],
-)
-def test_a_size_names_llama_1_where_its_norm_eps_fits(name: str, base: str, expected: str) -> None:
-    assert decided(names=[name], base=base) == expected
 
 
 # --- the RoPE factor ---------------------------------------------------------------------------
@@ -307,3 +285,56 @@ def test_flag_and_config_go_before_the_shape() -> None:
     found = decide_rope_factor(flag=4.0, recorded=16.0, **shape)
     assert found == (4.0, "asked for with --rope-factor")
     assert decide_rope_factor(flag=None, recorded=16.0, **shape) == (16.0, "config.json")
+
+
+@pytest.mark.parametrize(("theta", "kind"), [(None, "llama2"), (1e4, "llama2"), (1e6, "codellama")])
+def test_theta_tells_code_llama(theta: float | None, kind: str) -> None:
+    found = base_kind(
+        is_tiktoken=False, is_rope_scaled=False, is_tied=False, norm_eps=1e-5, rope_theta=theta
+    )
+    assert found == kind
+
+
+@pytest.mark.parametrize(
+    ("names", "base", "kind"),
+    [
+        (["7B", "llama-2"], "llama2", "llama2"),
+        (["7B", "x"], "llama1", "llama1"),
+        (["7B", "x"], "llama2", "llama2"),
+        (["65B", "x"], "llama2", "llama1"),  # its eps is that of Llama 2
+        (["original", "Llama-2-7b-chat-hf"], "llama2", "llama2-chat"),
+    ],
+)
+def test_bare_size_is_the_weakest_name(names: list[str], base: str, kind: str) -> None:
+    found = decide_kind(
+        flag=None, recorded=None, chat_template=None, names=names, base=base, is_tiktoken=False
+    )
+    assert found.value == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "is_tiktoken", "kind"),
+    [
+        ("Llama-Guard-3-8B", "llama3.1", True, "llama-guard-3"),
+        ("LlamaGuard-7b", "llama2", False, "llama-guard-1"),
+        ("Meta-Llama-Guard-2-8B", "llama3", True, "llama-guard-2"),
+        ("blob", "llama3", True, "llama-guard-2"),
+        ("blob", "llama3.2", True, "llama-guard-3"),
+    ],
+)
+def test_guards_template_is_no_chat_format(
+    name: str, base: str, is_tiktoken: bool, kind: str
+) -> None:
+    """Guard's templates have a chat model's tags; they made it one, and verdicts meaningless."""
+    template = (
+        "<|start_header_id|>user<|end_header_id|> [INST] Task: Check if there is unsafe content"
+    )
+    found = decide_kind(
+        flag=None,
+        recorded=None,
+        chat_template=template,
+        names=[name],
+        base=base,
+        is_tiktoken=is_tiktoken,
+    )
+    assert found.value == kind

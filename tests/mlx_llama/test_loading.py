@@ -301,6 +301,7 @@ def test_a_wrong_shape_is_named(name: str, tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"num_hidden_layers": 3}, ("model.layers.2", "missing")),
+        ({"num_hidden_layers": 1}, ("model.layers.1", "is too many", "1 layers")),
         ({"hidden_size": 64}, ("shape",)),
         ({"intermediate_size": 64}, ("mlp.gate_proj.weight", "shape")),
         ({"num_attention_heads": 4}, ("q_proj.weight", "shape")),

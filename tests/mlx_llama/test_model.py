@@ -128,12 +128,12 @@ def mixed_form(module: str) -> QuantFormat | None:
 
 def packed_model() -> LlamaModel:
     config, arrays = quantized(lambda _: FOUR, default=FOUR)
-    return build_model(config, arrays, dtype=mx.float32)
+    return build_model(config, dict(arrays), dtype=mx.float32)
 
 
 def mixed_model() -> LlamaModel:
     config, arrays = quantized(mixed_form, default=FOUR)
-    return build_model(config, arrays, dtype=mx.float32)
+    return build_model(config, dict(arrays), dtype=mx.float32)
 
 
 MODELS = {"dense": dense_model, "packed": packed_model, "mixed": mixed_model}
@@ -170,7 +170,7 @@ def test_a_packed_model_gives_the_logits_of_its_unpacked_weights(
     form_of: Callable[[str], QuantFormat | None],
 ) -> None:
     config, arrays = quantized(form_of, default=FOUR)
-    packed = build_model(config, arrays, dtype=mx.float32)
+    packed = build_model(config, dict(arrays), dtype=mx.float32)
     dense = build_model(
         replace(config, quantization=None, overrides={}), unpacked(config, arrays), dtype=mx.float32
     )

@@ -127,3 +127,33 @@ def test_chat_and_stream_chat_agree(llama: Llama) -> None:
 def test_base_model_has_no_chat_format(base_model: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="--raw"):
         mlx_llama.load(base_model).chat([{"role": "user", "content": "hi"}])
+
+
+def test_failed_turn_leaves_the_session_as_it_was(llama: Llama) -> None:
+    session = llama.session()
+    ask(session, "hello")
+    before = list(session.messages)
+    with pytest.raises(OptionError):
+        list(session.ask("the", logit_bias={"hello hello": 1.0}))
+    assert session.messages == before
+    assert ask(session, "the").cached_tokens > 0
+
+
+def test_beginning_an_answer_ends_the_one_before(llama: Llama) -> None:
+    """Two answers at once overwrote each other's tokens: later ones were silently wrong."""
+    session = llama.session()
+    first = session.ask("hello", temperature=0, ignore_eos=True)
+    next(first)
+    ask(session, "the thing")
+    assert list(first) == []
+    assert [m.role for m in session.messages] == ["user", "assistant"] * 2
+    assert session.messages[2].content == "the thing"
+    prompt = llama.prompt_format.encode([*session.messages, Message("user", "in")])
+    (step,) = session.ask("in", temperature=0, max_tokens=1)
+    assert step.token_id == int(np.argmax(np.array(llama.logits(prompt, positions=[-1])[0])))
+
+
+def test_ids_that_a_model_lacks_are_refused(llama: Llama) -> None:
+    messages = [Message("user", "a"), Message("assistant", "b", (10**8,)), Message("user", "c")]
+    with pytest.raises(OptionError, match="token id 100000000"):
+        llama.chat(messages)

@@ -114,7 +114,7 @@ def test_matrices_are_counted_by_how_they_are_stored() -> None:
 
 def test_every_tensor_has_its_place() -> None:
     config, arrays = tiny()
-    model = build_model(config, arrays, dtype=mx.float32)
+    model = build_model(config, dict(arrays), dtype=mx.float32)
     block = model.blocks[1]
     at = "model.layers.1"
 
@@ -140,7 +140,7 @@ def test_every_tensor_has_its_place() -> None:
 def test_progress_counts_blocks() -> None:
     config, arrays = tiny()
     seen: list[tuple[int, int]] = []
-    build_model(config, arrays, dtype=mx.float32, on_block=lambda *done: seen.append(done))
+    build_model(config, dict(arrays), dtype=mx.float32, on_block=lambda *done: seen.append(done))
     assert seen == [(1, 2), (2, 2)]
 
 
@@ -149,7 +149,7 @@ def test_a_missing_tensor_is_named(name: str) -> None:
     config, arrays = tiny()
     del arrays[name]
     with pytest.raises(CheckpointError, match=f"tensor {name} is missing"):
-        build_model(config, arrays, dtype=mx.float32)
+        build_model(config, dict(arrays), dtype=mx.float32)
 
 
 @pytest.mark.parametrize("name", [f"{module}.weight" for _, module, _ in NAMES])
@@ -158,7 +158,7 @@ def test_a_wrong_shape_is_named_with_the_expected_one(name: str) -> None:
     right = arrays[name].shape
     arrays[name] = arrays[name][:-1]
     with pytest.raises(CheckpointError) as caught:
-        build_model(config, arrays, dtype=mx.float32)
+        build_model(config, dict(arrays), dtype=mx.float32)
     assert name in str(caught.value) and f"expected {right}" in str(caught.value)
 
 
@@ -177,7 +177,7 @@ PARTS = ("weight", "scales", "biases")
 
 def test_a_tensor_is_packed_exactly_where_it_has_scales() -> None:
     config, arrays = packed_tiny(QuantFormat(4, 64))
-    model = build_model(config, arrays, dtype=mx.float16)
+    model = build_model(config, dict(arrays), dtype=mx.float16)
     w2 = model.blocks[0].w2
     assert isinstance(w2, Packed) and isinstance(model.blocks[1].w2, Dense)
     assert w2.biases is not None and w2.form == QuantFormat(4, 64)
@@ -192,7 +192,7 @@ def test_scales_that_are_bit_patterns_keep_their_dtype(
     mode: str, group_size: int, bits: int
 ) -> None:
     config, arrays = packed_tiny(QuantFormat(bits, group_size, mode))
-    w2 = build_model(config, arrays, dtype=mx.float32).blocks[0].w2
+    w2 = build_model(config, dict(arrays), dtype=mx.float32).blocks[0].w2
     assert isinstance(w2, Packed) and w2.biases is None
     assert w2.scales.dtype == mx.uint8
     weight = random_model(TINY)[0][f"{MODULE}.weight"]
@@ -214,7 +214,7 @@ def test_scales_that_are_bit_patterns_keep_their_dtype(
 def test_packed_tensors_must_fit_what_config_says(change: dict[str, Any], message: str) -> None:
     config, arrays = packed_tiny(QuantFormat(4, 64))
     with pytest.raises(CheckpointError, match=message):
-        build_model(replace(config, **change), arrays, dtype=mx.float32)
+        build_model(replace(config, **change), dict(arrays), dtype=mx.float32)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -227,6 +227,27 @@ def test_a_missing_or_cut_part_of_a_packed_tensor_is_named(part: str) -> None:
     # Without scales the tensor counts as dense, and its width of packed words is wrong.
     del arrays[name]
     with pytest.raises(CheckpointError, match=MODULE):
+        build_model(config, dict(arrays), dtype=mx.float32)
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype"),
+    [("weight", mx.float32), ("weight", mx.int32), ("scales", mx.uint8), ("biases", mx.int32)],
+)
+def test_packed_tensors_of_a_wrong_dtype_are_refused(part: str, dtype: mx.Dtype) -> None:
+    config, arrays = packed_tiny(QuantFormat(4, 64))
+    arrays[f"{MODULE}.{part}"] = arrays[f"{MODULE}.{part}"].astype(dtype)
+    with pytest.raises(CheckpointError, match=f"{MODULE}.{part}: stored as {dtype}, expected"):
+        build_model(config, arrays, dtype=mx.float32)
+
+
+@pytest.mark.parametrize("dtype", [mx.uint8, mx.int8, mx.int32, mx.bool_])
+@pytest.mark.parametrize("name", [f"{MODULE}.weight", "model.norm.weight"])
+def test_dense_tensors_that_are_no_floats_are_refused(name: str, dtype: mx.Dtype) -> None:
+    """A release in 8-bit floats would otherwise be read as whole numbers, scales forgotten."""
+    config, arrays = tiny()
+    arrays[name] = arrays[name].astype(dtype)
+    with pytest.raises(CheckpointError, match=f"{name}: stored as {dtype}, expected"):
         build_model(config, arrays, dtype=mx.float32)
 
 
@@ -253,7 +274,14 @@ def test_a_tied_output_is_not_read() -> None:
     config = config_from_hf(raw, kind="llama3.2", is_tied=None)
     arrays = arrays_of(weights)
     assert "lm_head.weight" not in arrays
-    model = build_model(config, arrays, dtype=mx.float32)
+    model = build_model(config, dict(arrays), dtype=mx.float32)
     assert model.output is model.tok_embeddings
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing"):
-        build_model(replace(config, tied=False), arrays, dtype=mx.float32)
+        build_model(replace(config, tied=False), dict(arrays), dtype=mx.float32)
+
+
+def test_arrays_are_taken_out_as_they_are_used() -> None:
+    """Rows that are joined would else stay in memory beside the join."""
+    config, arrays = tiny()
+    build_model(config, arrays, dtype=mx.float32)
+    assert arrays == {}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from mlx_llama.errors import MlxLlamaError
 from mlx_llama.options import GenerationOptions
 from mlx_llama_apps import paths
 from mlx_llama_apps.chat.commands import parse
@@ -81,7 +82,7 @@ class _Conversation:
             if line is None:
                 return
             if line.strip():
-                self._handle(line)
+                self._try(line)
             if not self._screen.is_interactive:
                 return
 
@@ -96,6 +97,18 @@ class _Conversation:
     def leave(self) -> None:
         """End the chat after this command."""
         self._is_leaving = True
+
+    def _try(self, line: str) -> None:
+        """Handle a line; at a terminal no error ends the conversation."""
+        if not self._screen.is_interactive:
+            self._handle(line)
+            return
+        try:
+            self._handle(line)
+        except MlxLlamaError as error:
+            self.say(str(error))
+        except KeyboardInterrupt:
+            self.say("stopped")
 
     def _handle(self, line: str) -> None:
         if not self._screen.is_interactive:  # what is piped is a message, slashes and all

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from mlx_llama_apps.terminal import write_text
+from mlx_llama_apps.terminal import read_stdin, write_text
 
 if TYPE_CHECKING:
     from mlx_llama import Stats
@@ -36,7 +36,7 @@ class Screen:
         A pipe is one message, whatever its lines.
         """
         if not self.is_interactive:
-            return sys.stdin.read().removesuffix("\n") or None
+            return read_stdin() or None
         if self._session is None:
             from prompt_toolkit import PromptSession
 

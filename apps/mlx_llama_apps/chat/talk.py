@@ -43,8 +43,8 @@ class MessageTalk:
         self._options = options
         self._opening = [] if system is None else [Message("system", system)]
         self._session = llama.session()
-        # Made now, so that a kind without a chat format is refused before the first question.
-        _ = llama.prompt_format
+        # Tried now, so that what cannot work is refused before the first question.
+        llama.prompt_format.encode([*self._opening, Message("user", "")], date=date)
         self.clear()
 
     def answer(
@@ -73,16 +73,31 @@ class TextTalk:
     def answer(
         self, text: str, *, on_prefill: OnPrefill, cancel: threading.Event
     ) -> Iterator[Step]:
-        """Append the text and continue it."""
-        self._ids += self.llama.tokenizer.encode(text, bos=not self._ids)
-        steps = self._session.complete(
-            self._ids, on_prefill=on_prefill, cancel=cancel, **self._options
-        )
+        """Append the text and continue it; an error leaves everything as it was."""
+        ids = self._ids + self._encode(text, is_first=not self._ids)
+        answer, shown = list[int](), ""
+        steps = self._session.complete(ids, on_prefill=on_prefill, cancel=cancel, **self._options)
         for step in steps:
-            # The end-of-text token is left out: what the user adds continues the same text.
-            if step.token_id is not None and step.finish_reason != "eos":
-                self._ids.append(step.token_id)
+            if step.token_id is not None:
+                answer.append(step.token_id)
+            shown += step.text
+            if (
+                step.finish_reason == "stop"
+            ):  # the tokens hold the stop text, what is shown does not
+                answer = self._encode(shown, is_first=False)
+            elif step.finish_reason == "eos":  # what the user adds continues the same text
+                answer.pop()
+            if step.finish_reason is not None:
+                self._ids = ids + answer
             yield step
+
+    def _encode(self, text: str, *, is_first: bool) -> list[int]:
+        """Return the tokens of a text that follows other text."""
+        tokenizer = self.llama.tokenizer
+        if is_first or tokenizer.family != "sentencepiece":
+            return tokenizer.encode(text, bos=is_first)
+        # SentencePiece puts a space before every text; a line break, which joins nothing, takes it.
+        return tokenizer.encode("\n" + text)[len(tokenizer.encode("\n")) :]
 
     def clear(self) -> None:
         """Begin a new text."""
@@ -94,6 +109,9 @@ def make_talk(
     llama: Llama, *, system: str | None, date: str | None, options: dict[str, Any]
 ) -> Talk:
     """Begin the conversation that suits the model's kind."""
+    from mlx_llama.sampling import bias_by_token
+
+    bias_by_token(options.get("logit_bias", {}), llama.tokenizer)
     if not llama.kind.is_base:
         return MessageTalk(llama, system=system, date=date, options=options)
     if system is not None or date is not None:

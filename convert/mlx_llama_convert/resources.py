@@ -1,0 +1,115 @@
+"""What a conversion needs of the machine, and what the machine has."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import mlx.core as mx
+
+from mlx_llama.config import QuantFormat
+from mlx_llama.errors import OutputError
+from mlx_llama_quantize.packing import BLOCK_BYTES
+
+PROGRAM_BYTES = 200_000_000  # Python, MLX and a tokenizer
+# A block as read, as float32 inside MLX, and packed; as many blocks wait as there are threads.
+BYTES_PER_BLOCK = 5 * BLOCK_BYTES
+# Beside the weights: tokenizer files and JSON, 30 MB for Llama 3.
+OTHER_BYTES = 40_000_000
+_SAMPLE_SHAPE = (1024, 2048)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a conversion takes and finds; bytes, and seconds. memory_found: None if unknown."""
+
+    memory: int
+    memory_found: int | None
+    disk: int
+    disk_found: int
+    seconds: float
+
+    def check(self, target: Path) -> None:
+        """Raise OutputError, with both numbers, for a machine on which it cannot work."""
+        if self.memory_found is not None and self.memory_found < self.memory:
+            raise OutputError(
+                f"{self.memory_found / 1e9:.2f} GB of memory are free, {self.memory / 1e9:.2f} GB "
+                "needed; end another program"
+            )
+        if self.disk_found < self.disk:
+            raise OutputError(
+                f"{target.parent}: {self.disk_found / 1e9:.2f} GB free, {self.disk / 1e9:.2f} GB "
+                "needed; make room or choose another --output"
+            )
+
+
+def needs_of(
+    *,
+    weights: int,
+    output_bytes: int,
+    form: QuantFormat | None,
+    target: Path,
+    n_threads: int,
+) -> Needs:
+    """Work out what writing `output_bytes` of so many weights takes; packs a sample to time it."""
+    return Needs(
+        memory=PROGRAM_BYTES + (2 * n_threads + 2) * BYTES_PER_BLOCK,
+        memory_found=available_memory(),
+        disk=output_bytes + OTHER_BYTES,
+        disk_found=shutil.disk_usage(_existing(target)).free,
+        seconds=weights * _seconds_per_weight(form) / n_threads,
+    )
+
+
+def _existing(path: Path) -> Path:
+    """Return the nearest folder above that exists."""
+    path = path.absolute()
+    return path if path.is_dir() else _existing(path.parent)
+
+
+def _seconds_per_weight(form: QuantFormat | None) -> float:
+    """Time one thread's work on a sample: packing, or copying where nothing is packed."""
+    sample = mx.ones(_SAMPLE_SHAPE, dtype=mx.bfloat16, stream=mx.cpu)
+    mx.eval(sample)
+    started = perf_counter()
+    if form is None:
+        mx.eval(mx.array(sample, dtype=mx.float32))
+    else:
+        packed = mx.quantize(sample, group_size=form.group_size, bits=form.bits, stream=mx.cpu)
+        mx.eval(packed)
+    return (perf_counter() - started) / sample.size
+
+
+def available_memory() -> int | None:
+    """Return the bytes that a program can still take, the cgroup's limit respected."""
+    found = [size for size in (_linux_available(), _cgroup_left()) if size is not None]
+    if found:
+        return min(found)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return None
+
+
+def _linux_available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _cgroup_left() -> int | None:
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = (folder / "memory.current").read_text(encoding="ascii").strip()
+        return int(limit) - int(used)
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return None

@@ -1,0 +1,80 @@
+"""Conversions that are killed go on where they stopped, to the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tiny_models import write_meta
+
+# A conversion of many small files, each of which takes a moment.
+SLOW = """
+import sys, time
+from mlx_llama_convert import conversion
+from mlx_llama_quantize import packing
+conversion.MAX_SHARD_BYTES = 20000
+pack = packing._pack
+packing._pack = lambda *a: (time.sleep(0.01), pack(*a))[1]
+sys.argv[0] = "mlx-llama"
+from mlx_llama_apps.entry import run_main
+run_main()
+"""
+
+
+def start(source: Path, target: Path, home: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW, "convert", str(source), "-o", str(target)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MLX_LLAMA_HOME": str(home)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(source: Path, target: Path, home: Path) -> str:
+    with start(source, target, home) as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    return errors
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+def kill_and_resume(tmp_path: Path, home: Path, *, times: int, seed: int) -> int:
+    """Kill conversions at random moments; return how many left files that were kept."""
+    source, target = write_meta(tmp_path / "m"), tmp_path / "out"
+    started = time.monotonic()
+    finish(source, target, home)
+    elapsed = time.monotonic() - started
+    expected = digests(target)
+    moments, kept = random.Random(seed), 0
+    for _ in range(times):
+        for path in target.iterdir():
+            path.unlink()
+        target.rmdir()
+        with start(source, target, home) as process:
+            time.sleep(moments.uniform(0.3, 1.0) * elapsed)
+            process.kill()
+        if not target.exists():
+            kept += "which the last run finished" in finish(source, target, home)
+        assert digests(target) == expected
+        assert sorted(p.name for p in tmp_path.iterdir() if p.name != "home") == ["m", "out"]
+    return kept
+
+
+def test_killed_conversions_resume_to_the_same_bytes(tmp_path: Path, home: Path) -> None:
+    assert kill_and_resume(tmp_path, home, times=4, seed=1) > 0
+
+
+@pytest.mark.slow
+def test_fifty_killed_conversions_resume_to_the_same_bytes(tmp_path: Path, home: Path) -> None:
+    assert kill_and_resume(tmp_path, home, times=50, seed=2) > 5
