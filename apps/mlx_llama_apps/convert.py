@@ -19,6 +19,7 @@ from mlx_llama_apps.terminal import size
 
 if TYPE_CHECKING:
     from mlx_llama_convert.plan import ConversionPlan
+    from mlx_llama_convert.resources import Needs
 
 MAX_THREADS = 8  # packing is bound by memory beyond that
 
@@ -59,6 +60,7 @@ def convert(
     """
     from mlx_llama_convert import make_plan, open_source
     from mlx_llama_convert.output import check_target
+    from mlx_llama_convert.resources import needs_of
 
     wanted = given(flags)
     if no_quantize and "bits" in wanted:
@@ -69,9 +71,17 @@ def convert(
     if not dry_run:
         check_target(target, force=force)
     plan = make_plan(open_source(source, options), options)
+    needs = needs_of(
+        weights=plan.config.parameter_count,
+        output_bytes=plan.output_bytes,
+        form=plan.config.quantization,
+        target=target,
+        n_threads=thread_count(),
+    )
     if dry_run or not quiet:
-        for line in plan_lines(plan, target):
+        for line in [*plan_lines(plan, target), needs_line(needs)]:
             print(line, file=sys.stdout if dry_run else sys.stderr)
+    needs.check(target)
     if not dry_run:
         _carry_out(plan, target, force=force, verify=verify, quiet=quiet)
         print(target)
@@ -87,7 +97,7 @@ def _carry_out(
         convert_checkpoint(
             plan,
             target,
-            n_threads=min(os.cpu_count() or 1, MAX_THREADS),
+            n_threads=thread_count(),
             force=force,
             verify=verify,
             command=["mlx-llama", *sys.argv[1:]],
@@ -98,6 +108,21 @@ def _carry_out(
         elapsed = max(monotonic() - started, 1e-9)
         rates = [size(int(count / elapsed)) for count in (plan.source_bytes, plan.output_bytes)]
         remark(f"done in {elapsed:.1f} s, {rates[0]} read and {rates[1]} written a second")
+
+
+def thread_count() -> int:
+    """Return how many threads pack."""
+    return min(os.cpu_count() or 1, MAX_THREADS)
+
+
+def needs_line(needs: Needs) -> str:
+    """Say what the conversion takes and what the machine has."""
+    free = "" if needs.memory_found is None else f" ({size(needs.memory_found)} free)"
+    seconds = f"{needs.seconds:.0f} s" if needs.seconds >= 1 else "a second"
+    return (
+        f"needs     {size(needs.memory)} of memory{free}, {size(needs.disk)} of disk "
+        f"({size(needs.disk_found)} free), about {seconds}"
+    )
 
 
 def plan_lines(plan: ConversionPlan, target: Path) -> list[str]:

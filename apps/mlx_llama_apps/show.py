@@ -138,5 +138,6 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 def _file_size(file: dict[str, Any]) -> str:
     """Say how large a manifest's file is; a manifest may hold anything."""
     nbytes = file.get("bytes")
-    is_sound = type(nbytes) is int and 0 <= nbytes < MAX_FILE_BYTES
-    return size(nbytes) if is_sound else "size unknown"
+    if type(nbytes) is int and 0 <= nbytes < MAX_FILE_BYTES:
+        return size(nbytes)
+    return "size unknown"

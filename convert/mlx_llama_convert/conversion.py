@@ -22,6 +22,7 @@ from mlx_llama_convert.card import model_card
 from mlx_llama_convert.hashing import Hasher
 from mlx_llama_convert.output import JOURNAL, Partial, new_directory
 from mlx_llama_convert.plan import ConversionPlan
+from mlx_llama_convert.resources import OTHER_BYTES
 from mlx_llama_convert.safetensors_writer import (
     SafetensorsWriter,
     build_index,
@@ -34,8 +35,6 @@ from mlx_llama_quantize import quantize_weights
 
 MAX_SHARD_BYTES = 5_000_000_000
 MANIFEST_NAME = "manifest.json"
-# Beside the weights: tokenizer files and JSON, 30 MB for Llama 3.
-OTHER_BYTES = 40_000_000
 LICENSES = ("LICENSE*", "USE_POLICY*", "NOTICE*")
 
 OnProgress = Callable[[int, int, str], None]  # bytes written, bytes to write, tensor
