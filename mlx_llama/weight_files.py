@@ -46,10 +46,12 @@ class WeightFormat:
         table = _weight_map(folder, self) if (folder / self.index_name).is_file() else None
         if table is None:
             files = sorted(folder.glob(f"{self.stem}*{self.suffix}"))
+            if not files:
+                raise CheckpointError(
+                    f"{folder}: no {self.stem}{self.suffix} and no {self.index_name}"
+                )
         else:
             files = [folder / name for name in sorted(set(table.values()))]
-        if not files:
-            raise CheckpointError(f"{folder}: no {self.stem}{self.suffix} and no {self.index_name}")
         tensors: dict[str, TensorRef] = {}
         for file in files:
             for name, ref in self.open_file(file).items():
