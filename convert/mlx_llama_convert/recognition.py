@@ -58,7 +58,10 @@ def open_source(folder: Path, options: ConvertOptions) -> SourceModel:
         )
     (place, layout), *others = found
     source = layout.open(place, options)
-    return replace(source, notes=(*_choice(folder, place, layout, others), *source.notes))
+    # The folder that was given has the model's name and its license.
+    return replace(
+        source, path=folder, notes=(*_choice(folder, place, layout, others), *source.notes)
+    )
 
 
 def _choice(
