@@ -16,14 +16,12 @@ import mlx.core as mx
 from mlx_llama import ops
 from mlx_llama.cache import Cache
 from mlx_llama.errors import ContextOverflowError
-from mlx_llama.model import LlamaModel
+from mlx_llama.model import LAST, LlamaModel
 from mlx_llama.options import GenerationOptions
 from mlx_llama.sampling import Sampler
 from mlx_llama.tokenizer import Detokenizer
 
 RESERVE_AHEAD = 512  # tokens of an open-ended answer that get their room at once
-
-LAST = slice(-1, None)
 
 OnPrefill = Callable[[int, int], None]
 
@@ -220,7 +218,7 @@ def prefill(model: LlamaModel, cache: Cache, request: Request) -> mx.array | Non
             return None
         start = cache.offset
         chunk = mx.array(list(ids[start : start + ops.prefill_chunk()]), dtype=mx.uint32)[None]
-        hidden = model.hidden(chunk, cache)
+        hidden = model.hidden(chunk, cache, positions=LAST)
         # Only keys and values: what follows them in the last layer is needed at the end alone.
         mx.eval(cache.arrays)
         if request.on_prefill is not None:

@@ -22,7 +22,7 @@ from mlx_llama.config import ModelConfig
 from mlx_llama.errors import OptionError
 from mlx_llama.generation import OnPrefill, Step
 from mlx_llama.kinds import Kind, kind_named
-from mlx_llama.model import LlamaModel
+from mlx_llama.model import LAST, LlamaModel
 from mlx_llama.prompts import Message, PromptFormat, prompt_format
 from mlx_llama.sampling import SamplingDefaults
 from mlx_llama.session import Session
@@ -107,9 +107,10 @@ class Llama:
         for start in range(0, len(ids), step):
             here = sorted({p - start for p in wanted if start <= p < start + step})
             chunk = mx.array(ids[start : start + step], dtype=mx.uint32)[None]
-            hidden = self.model.hidden(chunk, cache)
+            asked = None if len(here) == chunk.size else mx.array(here) if here else LAST
+            hidden = self.model.hidden(chunk, cache, positions=asked)
             if here:
-                rows.append(self.model.logits(hidden[0, mx.array(here)]))
+                rows.append(self.model.logits(hidden[0]))
             mx.eval([*rows[-1:], *([] if cache is None else cache.arrays)])
         row_of = {position: row for row, position in enumerate(sorted(set(wanted)))}
         result = mx.concatenate(rows, axis=0)[mx.array([row_of[p] for p in wanted])]

@@ -16,6 +16,8 @@ from mlx_llama.config import ModelConfig
 from mlx_llama.linear import Matrix
 from mlx_llama.rope import rope_periods
 
+LAST = slice(-1, None)  # the newest position alone
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -65,20 +67,28 @@ class LlamaModel:
 
         positions: which of the L tokens to give logits for; None gives all.
         """
-        hidden = self.hidden(tokens, cache)
-        if positions is not None:
-            hidden = hidden[:, positions]
-        return self.logits(hidden)
+        return self.logits(self.hidden(tokens, cache, positions=positions))
 
-    def hidden(self, tokens: mx.array, cache: Cache | None = None) -> mx.array:
-        """Return the residual stream behind the last block, (B, L, dim)."""
+    def hidden(
+        self,
+        tokens: mx.array,
+        cache: Cache | None = None,
+        *,
+        positions: slice | mx.array | None = None,
+    ) -> mx.array:
+        """Return the residual stream behind the last block, (B, P, dim), as `__call__` takes them.
+
+        The last block works for the asked positions alone: its other outputs lead nowhere.
+        """
         cache = NoCache() if cache is None else cache
         n_tokens = tokens.shape[1]
         cache.reserve(n_tokens)
         mask = cache.mask(n_tokens)
         h = self.tok_embeddings.rows(tokens)
         for layer, block in enumerate(self.blocks):
-            h = h + self._attention(layer, block, h, cache, mask)
+            asked = positions if layer == len(self.blocks) - 1 else None
+            out = self._attention(layer, block, h, cache, mask, asked)
+            h = (h if asked is None else h[:, asked]) + out
             h = h + self._feed_forward(block, h)
         cache.advance(n_tokens)
         return h
@@ -89,7 +99,13 @@ class LlamaModel:
         return self.output(h).astype(mx.float32)
 
     def _attention(
-        self, layer: int, block: Block, h: mx.array, cache: Cache, mask: mx.array | str | None
+        self,
+        layer: int,
+        block: Block,
+        h: mx.array,
+        cache: Cache,
+        mask: mx.array | str | None,
+        positions: slice | mx.array | None,
     ) -> mx.array:
         batch, n_tokens, _ = h.shape
         n_heads, n_kv_heads = self.config.n_heads, self.config.n_kv_heads
@@ -98,8 +114,12 @@ class LlamaModel:
         # q and k turn by the same angles, so one call turns both: (B, H + K, L, D).
         turned = ops.rotate(x[:, : n_heads + n_kv_heads], self._periods, cache.offset)
         k, v = cache.append(layer, turned[:, n_heads:], x[:, n_heads + n_kv_heads :])
-        out = ops.attention(turned[:, :n_heads], k, v, scale=self._scale, mask=mask)
-        return block.wo(out.transpose(0, 2, 1, 3).reshape(batch, n_tokens, -1))
+        q = turned[:, :n_heads]
+        if positions is LAST:  # the newest query sees everything
+            q, mask, positions = q[:, :, LAST], None, None
+        out = ops.attention(q, k, v, scale=self._scale, mask=mask).transpose(0, 2, 1, 3)
+        out = out if positions is None else out[:, positions]
+        return block.wo(out.reshape(batch, out.shape[1], -1))
 
     def _feed_forward(self, block: Block, h: mx.array) -> mx.array:
         x = block.w13(ops.rms_norm(h, block.ffn_norm, self.config.norm_eps))
