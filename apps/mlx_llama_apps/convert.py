@@ -44,7 +44,7 @@ def convert(
     ----------
     source
         folder of Meta's files (consolidated.00.pth, params.json, tokenizer.model) or Hugging
-        Face's (config.json, safetensors)
+        Face's (config.json, safetensors or pytorch_model.bin)
     output
         the directory to write (default: in the models folder, named after source and bits)
     no_quantize

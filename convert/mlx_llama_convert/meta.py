@@ -7,7 +7,14 @@ from pathlib import Path
 
 from mlx_llama.config import ModelConfig, RopeScaling, rope_from_hf
 from mlx_llama.errors import CheckpointError, OptionError, TokenizerError
-from mlx_llama.kinds import Decision, base_kind, decide_kind, decide_rope_factor, kind_named
+from mlx_llama.kinds import (
+    CODELLAMA_THETA,
+    Decision,
+    base_kind,
+    decide_kind,
+    decide_rope_factor,
+    kind_named,
+)
 from mlx_llama.loading import MAX_JSON_BYTES, folder_names
 from mlx_llama.options import ConvertOptions
 from mlx_llama.strict_json import load_json
@@ -213,6 +220,12 @@ def _doubts(kind: Decision, rope: _Rope) -> tuple[str, ...]:
     return ()
 
 
+def _context(kind: Decision, rope: _Rope) -> int:
+    # Code Llama 70B Python was trained like Llama 2, and has its theta.
+    is_short = kind.value == "codellama" and rope.theta < CODELLAMA_THETA
+    return kind_named("llama2" if is_short else kind.value).context
+
+
 def _config(params: MetaParams, weights: _Weights, rope: _Rope, kind: Decision) -> ModelConfig:
     embedding = weights.tensors[EMBEDDING]
     return ModelConfig(
@@ -225,7 +238,7 @@ def _config(params: MetaParams, weights: _Weights, rope: _Rope, kind: Decision) 
         vocab_size=embedding.shape[0],
         norm_eps=params.norm_eps,
         rope_theta=rope.theta,
-        max_context=kind_named(kind.value).context,
+        max_context=_context(kind, rope),
         tied=weights.is_tied,
         kind=kind.value,
         rope_scaling=rope.scaling,

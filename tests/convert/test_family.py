@@ -53,8 +53,7 @@ def test_weights_and_configuration_are_those_of_the_publisher(tmp_path: Path, ro
 def test_the_folders_name_tells_the_kind(tmp_path: Path, row: str, name: str, kind: str) -> None:
     source = open_source(unpack(row, tmp_path / name), ConvertOptions())
     assert source.kind.value == kind
-    if row in META:
-        assert source.config.max_context == kind_named(kind).context
+    assert source.config.max_context == FAMILY[row]["config"]["max_position_embeddings"]
 
 
 @pytest.mark.parametrize("row", META)

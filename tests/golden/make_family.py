@@ -189,8 +189,8 @@ ROWS: dict[str, Row] = {
         heads=16, kv=8, ranks=4, **{**CODER, "vocab": SPM}),
     "codellama-70b": Row({"CodeLlama-70b": "codellama"}, CODE_70B, **BIG, **CODER),
     "codellama-70b-instruct": Row(
-        {"CodeLlama-70b-Instruct": "codellama-70b-instruct"}, CODE_70B_INSTRUCT, **FLAT,
-        **{**CODER, "theta": 10000.0, "context": 4096}),
+        {"CodeLlama-70b-Instruct": "codellama-70b-instruct", "CodeLlama-70b-Python": "codellama"},
+        CODE_70B_INSTRUCT, **FLAT, **{**CODER, "theta": 10000.0, "context": 4096}),
     "llama3-8b": Row(
         {"Meta-Llama-3-8B": "llama3", "Meta-Llama-3-8B-Instruct": "llama3-instruct",
          "unnamed": "llama3"}, LLAMA3, heads=8, kv=2, ranks=1, **THIRD),
