@@ -124,13 +124,11 @@ def fresh(argv: Sequence[str], target: Path) -> Callable[[], Run]:
 def compare(first: Path, second: Path) -> str:
     """Compare two model directories bit by bit; imports MLX, so only after the measuring."""
     from mlx_llama.loading import open_shards
-    from mlx_llama_convert.shards import LogicalTensor, equal_content
+    from mlx_llama_convert.tensors import equal_content
 
     tensors, others = open_shards(first), open_shards(second)
     pairs = [(tensors[name], others[name]) for name in tensors if name in others]
-    equal = sum(
-        equal_content(*(LogicalTensor(ref.name, (ref,), None) for ref in pair)) for pair in pairs
-    )
+    equal = sum(equal_content(*pair) for pair in pairs)
     return f"{equal} of {len(tensors)} tensors hold the same bytes as ours"
 
 

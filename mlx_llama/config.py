@@ -171,7 +171,7 @@ def config_from_hf(raw: Mapping[str, Any], *, kind: str, is_tied: bool | None) -
         raise CheckpointError(
             f"config.json: tie_word_embeddings is {tied!r}, expected true or false"
         )
-    theta, scaling = _rope_from_hf(raw)
+    theta, scaling = rope_from_hf(raw)
     quantization, overrides = _quantization_from_hf(raw)
     bos = _ids(raw, "bos_token_id")
     return ModelConfig(
@@ -250,7 +250,7 @@ def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _rope_from_hf(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def rope_from_hf(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Read theta and scaling from either dialect; where both stand they must agree."""
     new = raw.get("rope_parameters") or {}
     old = raw.get("rope_scaling") or {}

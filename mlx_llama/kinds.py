@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from mlx_llama.errors import OptionError
 
 BARE_SIZE = re.compile(r"(7|13|30|33|65)B", re.IGNORECASE)
+CODELLAMA_THETA = 1e6  # of all but the 70B Instruct and Python models, which have Llama 2's
 LLAMA3_INSTRUCT_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 
 
@@ -130,7 +131,7 @@ def base_kind(
 ) -> str:
     """Name the base kind that fits what the weights and tokenizer show."""
     if not is_tiktoken:
-        if rope_theta is not None and rope_theta >= 1e6:
+        if rope_theta is not None and rope_theta >= CODELLAMA_THETA:
             return "codellama"
         # norm_eps 1e-6 is what tells LLaMA 1 (7B to 30B) from Llama 2.
         return "llama1" if norm_eps < 5e-6 else "llama2"

@@ -6,6 +6,7 @@ are checked before MLX sees a file, and no template or code in it is run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +19,11 @@ from mlx_llama.config import ModelConfig, config_from_hf
 from mlx_llama.errors import CheckpointError, TokenizerError, UnsupportedModelError
 from mlx_llama.kinds import KINDS, Decision, base_kind, decide_kind, kind_named
 from mlx_llama.llama import Llama, stop_ids
-from mlx_llama.safetensors_reader import open_safetensors
 from mlx_llama.sampling import SamplingDefaults, sampling_defaults
 from mlx_llama.strict_json import load_json
 from mlx_llama.tensor_ref import TensorRef
 from mlx_llama.tokenizer import Tokenizer, open_tokenizer
+from mlx_llama.weight_files import SAFETENSORS
 from mlx_llama.weights import (
     OUTPUT,
     build_model,
@@ -33,8 +34,10 @@ from mlx_llama.weights import (
 )
 
 MAX_JSON_BYTES = 64 << 20
-INDEX_NAME = "model.safetensors.index.json"
+INDEX_NAME = SAFETENSORS.index_name
 GENERATION_NAME = "generation_config.json"
+
+_ANY_MODELS_NAME = re.compile(r"original|mp[0-9]+|fp8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,71 +209,15 @@ def _no_model(path: Path) -> str:
 
 
 def open_shards(path: Path) -> dict[str, TensorRef]:
-    """Open the files that the index names, or the only one; every name must be in one file."""
-    table = _weight_map(path) if (path / INDEX_NAME).is_file() else None
-    if table is None:
-        files = sorted(file.name for file in path.glob("model*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{path}: no model.safetensors and no {INDEX_NAME}")
-    else:
-        files = sorted(set(table.values()))
-    tensors: dict[str, TensorRef] = {}
-    for name in files:
-        for tensor, ref in open_safetensors(path / name).items():
-            if tensor in tensors:
-                raise CheckpointError(f"{path / name}: tensor {tensor} stands in two files")
-            tensors[tensor] = ref
-    ours = {name: ref for name, ref in tensors.items() if _is_ours(path, name)}
-    if table is not None:
-        _compare_index(path / INDEX_NAME, table, ours)
-    return ours
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    """Return the index's table of tensor to file name; every file is one of the folder."""
-    index = path / INDEX_NAME
-    table = load_json(index, max_bytes=MAX_JSON_BYTES).get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(f, str) for f in table.values()):
-        raise CheckpointError(f"{index}: weight_map is not a table of tensor to file name")
-    here = {file.name for file in path.iterdir() if file.is_file()}
-    for name in sorted(set(table.values())):
-        if name not in here:
-            raise CheckpointError(f"{index}: names {name!r}, which is no file of {path}")
-        if not name.endswith(".safetensors"):
+    """Open a folder's safetensors; every tensor must be a Llama's."""
+    tensors = SAFETENSORS.open(path)
+    for name in tensors:
+        module, _, part = name.rpartition(".")
+        if part not in ("weight", "scales", "biases") or not meta_name(f"{module}.weight"):
             raise CheckpointError(
-                f"{index}: names {name!r}, expected files whose names end in .safetensors"
+                f"{path}: tensor {name} is not a Llama's; adapters are not loaded here"
             )
-    return table
-
-
-def _compare_index(index: Path, table: Mapping[str, str], tensors: Mapping[str, TensorRef]) -> None:
-    """Refuse an index that says something else than the files: one of the two is damaged."""
-    for name, file in table.items():
-        if not _is_buffer(name) and (name not in tensors or tensors[name].path.name != file):
-            raise CheckpointError(
-                f"{index}: says that {file} holds tensor {name}, which it does not; download both "
-                "again"
-            )
-    for name, ref in tensors.items():
-        if name not in table:
-            # transformers would leave it out, so nobody can say which of the two models is meant.
-            raise CheckpointError(
-                f"{index}: does not name tensor {name} of {ref.path.name}; download both again"
-            )
-
-
-def _is_buffer(name: str) -> bool:
-    """Whether a tensor is one that old releases stored, and everybody computes."""
-    return name.endswith("rotary_emb.inv_freq")
-
-
-def _is_ours(path: Path, name: str) -> bool:
-    if _is_buffer(name):
-        return False
-    module, _, part = name.rpartition(".")
-    if part in ("weight", "scales", "biases") and meta_name(f"{module}.weight"):
-        return True
-    raise CheckpointError(f"{path}: tensor {name} is not a Llama's; adapters are not loaded here")
+    return tensors
 
 
 def decide_folder_kind(
@@ -292,7 +239,11 @@ def decide_folder_kind(
         flag=flag,
         recorded=None if flag else _recorded_kind(path, raw, is_tiktoken=is_tiktoken),
         chat_template=_chat_template_text(path),
-        names=[*([name] if name else []), *_names(path), str(raw.get("_name_or_path", ""))],
+        names=[
+            *([name] if name else []),
+            *folder_names(path),
+            str(raw.get("_name_or_path", "")),
+        ],
         base=base_kind(
             is_tiktoken=is_tiktoken,
             is_rope_scaled=config.rope_scaling is not None,
@@ -322,13 +273,16 @@ def _recorded_kind(path: Path, raw: Mapping[str, Any], *, is_tiktoken: bool) -> 
     return recorded
 
 
-def _names(path: Path) -> list[str]:
+def folder_names(path: Path) -> list[str]:
     """Return what a folder is called, nearest first: as given, itself, and the two above it.
 
-    A download cache keeps `models--meta-llama--Llama-2-7b-chat-hf/snapshots/<commit>`.
+    A download cache keeps `models--meta-llama--Llama-2-7b-chat-hf/snapshots/<commit>`, and Meta's
+    own files in a folder below that, whose name is every model's.
     """
-    resolved = path.resolve()
-    return [path.absolute().name, resolved.name, *(above.name for above in resolved.parents[:2])]
+    place = path.resolve()
+    while _ANY_MODELS_NAME.fullmatch(place.name):
+        place = place.parent
+    return [path.absolute().name, place.name, *(above.name for above in place.parents[:2])]
 
 
 def _chat_template_text(path: Path) -> str | None:

@@ -106,6 +106,12 @@ def meta_name(hf_name: str) -> str | None:
     return f"layers.{int(match[1])}.{_META_LAYER[match[2]]}"
 
 
+def is_meta_name(name: str) -> bool:
+    """Whether a name is Meta's for a Llama's tensor."""
+    match = re.fullmatch(r"layers\.(?:0|[1-9]\d{0,4})\.(.+)", name)
+    return name in TOP_NAMES or bool(match and match[1] in LAYER_NAMES)
+
+
 def is_matrix(name: str) -> bool:
     """Whether a tensor is multiplied (or looked up), not a norm's scale."""
     return not name.endswith("norm.weight")

@@ -26,6 +26,7 @@ _STORAGES = {
     "float16": "HalfStorage",
     "float32": "FloatStorage",
     "float64": "DoubleStorage",
+    "float8_e4m3fn": "Float8_e4m3fnStorage",
     "int8": "CharStorage",
     "uint8": "ByteStorage",
     "int32": "IntStorage",

@@ -48,8 +48,8 @@ def convert(
     ----------
     source
         folder of Meta's files (consolidated.00.pth, params.json, tokenizer.model) or Hugging
-        Face's (config.json, safetensors), or the name of a hub repository to download, such as
-        meta-llama/Llama-3.2-1B-Instruct
+        Face's (config.json, safetensors or pytorch_model.bin), or the name of a hub repository to
+        download, such as meta-llama/Llama-3.2-1B-Instruct
     output
         the directory to write (default: in the models folder, named after source and bits)
     no_quantize

@@ -1,4 +1,4 @@
-"""Hugging Face's layout: `config.json`, safetensors with or without an index, a tokenizer."""
+"""Hugging Face's layout: `config.json`, a tokenizer, and safetensors or `pytorch_model.bin`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from mlx_llama.loading import (
     MAX_JSON_BYTES,
     decide_folder_kind,
     open_folder_tokenizer,
-    open_shards,
     read_generation_config,
     recorded_stop_ids,
 )
@@ -24,23 +23,35 @@ from mlx_llama.sampling import sampling_defaults
 from mlx_llama.strict_json import load_json
 from mlx_llama.tensor_ref import TensorRef
 from mlx_llama.tokenizer import Tokenizer
-from mlx_llama.weights import EMBEDDING, OUTPUT, meta_name
-from mlx_llama_convert.shards import LogicalTensor, equal_content
+from mlx_llama.weight_files import SAFETENSORS, WeightFormat
+from mlx_llama.weights import EMBEDDING, OUTPUT, is_meta_name, meta_name
+from mlx_llama_convert.pth import open_pth
+from mlx_llama_convert.refusals import refuse_packed_folder, refuse_packed_tensors
 from mlx_llama_convert.source import CheckpointWeights, SourceModel, check_vocabulary
+from mlx_llama_convert.tensors import LogicalTensor, equal_content
+
+# The first that is there is taken.
+_FORMATS = (SAFETENSORS, WeightFormat("pytorch_model.bin", "pytorch_model", ".bin", open_pth))
+
+# What else is said of a model, if these are there.
+_EVIDENCE = ("chat_template.jinja", "tokenizer_config.json", GENERATION_NAME)
 
 
-def open_huggingface(
-    folder: Path, options: ConvertOptions, *, name: str | None = None
-) -> SourceModel:
+def holds_huggingface(folder: Path) -> bool:
+    """Whether a folder has this layout, with weights."""
+    return (folder / "config.json").is_file() and any(form.is_in(folder) for form in _FORMATS)
+
+
+def open_huggingface(folder: Path, options: ConvertOptions, name: str | None = None) -> SourceModel:
     """Describe a folder in Hugging Face's layout; name: of the model, beside the folder's."""
     raw = load_json(folder / "config.json", max_bytes=MAX_JSON_BYTES)
-    if raw.get("quantization") or raw.get("quantization_config"):
-        raise UnsupportedModelError(
-            f"{folder}: already quantized; packing it again would lose more, take the original"
-        )
-    refs = open_shards(folder)
-    tensors = _logical(folder, refs)
+    refuse_packed_folder(folder, raw)
+    form, *others = [form for form in _FORMATS if form.is_in(folder)]
+    refs = form.open(folder)
+    refuse_packed_tensors(folder, refs)
+    tensors, is_interleaved = _by_meta_name(folder, refs)
     is_tied = _decide_tied(folder, raw, tensors)
+    raw, notes = _completed(raw, tensors)
     config = config_from_hf({**raw, "tie_word_embeddings": is_tied}, kind="llama2", is_tied=None)
     tokenizer = open_folder_tokenizer(folder, n_rows=config.vocab_size)
     check_vocabulary(tokenizer, config.vocab_size, is_padded=True)
@@ -56,18 +67,25 @@ def open_huggingface(
         bos_id=None,
         eos_ids=recorded_stop_ids(folder, raw, generation, vocab_size=config.vocab_size),
     )
-    files = [*sorted({ref.path for ref in refs.values()}), folder / "config.json", tokenizer.path]
+    if is_interleaved:
+        notes.append("tensors have Meta's names: rows of wq and wk are taken in Meta's order")
+    notes += [f"{other.name} is there too, not used: safetensors come first" for other in others]
+    said = [folder / name for name in (form.index_name, "config.json", *_EVIDENCE)]
     return SourceModel(
         path=folder,
-        layout="Hugging Face checkpoint, safetensors",
-        files=(*files, *([] if generation is None else [folder / GENERATION_NAME])),
+        layout=f"Hugging Face checkpoint, {form.name}",
+        files=(
+            *sorted({ref.path for ref in refs.values()}),
+            tokenizer.path,
+            *(path for path in said if path.is_file()),
+        ),
         config=config,
         kind=kind,
         rope=rope,
         tokenizer=tokenizer,
-        weights=CheckpointWeights(config, tensors, is_interleaved=False),
+        weights=CheckpointWeights(config, tensors, is_interleaved=is_interleaved),
         generation=generation,
-        notes=_notes(config, tokenizer),
+        notes=(*notes, *_notes(config, tokenizer)),
     )
 
 
@@ -81,16 +99,39 @@ def _notes(config: ModelConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _logical(folder: Path, refs: Mapping[str, TensorRef]) -> dict[str, LogicalTensor]:
+def _by_meta_name(
+    folder: Path, refs: Mapping[str, TensorRef]
+) -> tuple[dict[str, LogicalTensor], bool]:
+    """Return the tensors by Meta's names, and whether the file itself used them.
+
+    Hugging Face's names come with the prefix `model.` or, saved from a model without its head,
+    without it. Meta's own names come with Meta's row order.
+    """
     tensors: dict[str, LogicalTensor] = {}
-    for hf_name, ref in refs.items():
-        name = meta_name(hf_name)
+    styles: dict[bool, str] = {}
+    for stored_name, ref in refs.items():
+        if stored_name.endswith("rope.freqs"):  # computed, not learned
+            continue
+        by_hf = meta_name(stored_name) or meta_name(f"model.{stored_name}")
+        is_meta = is_meta_name(stored_name)
+        name = by_hf or (stored_name if is_meta else None)
         if name is None:
-            raise UnsupportedModelError(f"{folder}: tensor {hf_name} is quantized; not converted")
-        tensors[name] = LogicalTensor(name, (ref,), None)
+            raise UnsupportedModelError(f"{ref.path}: tensor {stored_name[:80]!r} is not a Llama's")
+        if name in tensors:
+            raise CheckpointError(
+                f"{ref.path}: {stored_name} and {tensors[name].name} are the same tensor"
+            )
+        tensors[name] = ref
+        if is_meta != bool(by_hf):  # "norm.weight" belongs to both
+            styles[is_meta] = stored_name
+    if len(styles) > 1:
+        raise CheckpointError(
+            f"{folder}: {styles[True]} is Meta's name, {styles[False]} Hugging Face's; which order "
+            "the rows have is not known"
+        )
     if EMBEDDING not in tensors:
         raise CheckpointError(f"{folder}: model.embed_tokens.weight is missing; not a whole model")
-    return tensors
+    return tensors, True in styles
 
 
 def _decide_tied(folder: Path, raw: Mapping[str, Any], tensors: dict[str, LogicalTensor]) -> bool:
@@ -111,6 +152,43 @@ def _decide_tied(folder: Path, raw: Mapping[str, Any], tensors: dict[str, Logica
             "model.embed_tokens.weight; set it to false if the output is its own"
         )
     return False
+
+
+def _completed(
+    raw: Mapping[str, Any], tensors: Mapping[str, LogicalTensor]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return config.json with what old releases leave out of it, by the weights' shapes.
+
+    Also the embedding's true number of rows, which some releases pad beyond what they say.
+    """
+    full, notes = dict(raw), []
+    q_rows, k_rows, vocab_size = (
+        _n_rows(tensors.get(name))
+        for name in ("layers.0.attention.wq.weight", "layers.0.attention.wk.weight", EMBEDDING)
+    )
+    if full.get("head_dim") is None:
+        full["head_dim"] = _quotient(q_rows, full.get("num_attention_heads"))
+    if full.get("num_key_value_heads") is None:
+        full["num_key_value_heads"] = _quotient(k_rows, full["head_dim"])
+    said = full.get("vocab_size")
+    if said is None or (type(said) is int and 0 < said < vocab_size):
+        full["vocab_size"] = vocab_size
+        if said is not None:
+            notes.append(
+                f"config.json has a vocabulary of {said}, the weights {vocab_size} rows: all kept"
+            )
+    return full, notes
+
+
+def _n_rows(tensor: LogicalTensor | None) -> int:
+    return tensor.shape[0] if tensor is not None and len(tensor.shape) == 2 else 0
+
+
+def _quotient(rows: int, count: object) -> int | None:
+    """Divide rows by a number of config.json; None where that is none or does not divide them."""
+    if type(count) is not int or count < 1 or rows % count:
+        return None
+    return rows // count or None
 
 
 def _with_rope_factor(

@@ -104,7 +104,8 @@ def check_target(target: Path, *, force: bool) -> None:
 def _is_model_or_empty(target: Path) -> bool:
     if target.is_symlink() or not target.is_dir():
         return False
-    paths = list(target.iterdir())
+    # A kill right after the renames leaves our own traces in a directory that is whole.
+    paths = [path for path in target.iterdir() if path.name not in (JOURNAL, REPLACED)]
     names = {path.name for path in paths}
     is_model = "config.json" in names and any(name.endswith(".safetensors") for name in names)
     return not paths or (is_model and all(path.is_file() for path in paths))

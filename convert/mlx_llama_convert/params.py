@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_llama.errors import CheckpointError, UnsupportedModelError
+from mlx_llama_convert.refusals import refuse_int4_params
 
 # Keys that describe how Meta's code was run, not the weights.
 _RUNTIME_KEYS = ("max_batch_size", "max_seq_len")
@@ -23,9 +24,6 @@ _KNOWN_KEYS = (
     "use_scaled_rope",
 )
 _REFUSED_KEYS = {
-    "quantization_args": "Meta's int4 checkpoints (QLoRA, SpinQuant) are not converted; "
-    "take the bfloat16 release",
-    "lora_args": "Meta's int4 checkpoints (QLoRA) are not converted; take the bfloat16 release",
     "vision_chunk_size": "vision models are not converted",
     "vision_num_cross_attention_layers": "vision models are not converted",
     "moe_args": "mixture-of-experts models are not converted",
@@ -67,6 +65,7 @@ def parse_params(raw: Mapping[str, Any], *, where: str) -> MetaParams:
     inner = raw.get("model")
     if isinstance(inner, Mapping) and len(raw) == 1:  # some releases nest everything
         raw = inner
+    refuse_int4_params(raw, where=where)
     for key in raw:
         if key in _REFUSED_KEYS:
             raise UnsupportedModelError(f"{where}: {key}: {_REFUSED_KEYS[key]}")

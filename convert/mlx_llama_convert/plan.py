@@ -6,13 +6,11 @@ exactly this.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mlx_llama.config import ModelConfig, QuantFormat
-from mlx_llama.dtypes import DTYPES
 from mlx_llama.errors import OptionError
 from mlx_llama.kinds import kind_named
 from mlx_llama.llama import stop_ids
@@ -51,10 +49,7 @@ class ConversionPlan:
     @property
     def source_bytes(self) -> int:
         """Bytes of the weights that will be read."""
-        weights = self.source.weights
-        return sum(
-            math.prod(weights.shape(n)) * DTYPES[weights.dtype(n)].itemsize for n in self.forms
-        )
+        return sum(self.source.weights.nbytes(name) for name in self.forms)
 
     @property
     def output_bytes(self) -> int:

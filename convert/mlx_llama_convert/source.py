@@ -18,10 +18,7 @@ from mlx_llama.errors import CheckpointError
 from mlx_llama.kinds import Decision
 from mlx_llama.tokenizer import Tokenizer
 from mlx_llama.weights import tensor_shapes
-from mlx_llama_convert.shards import LogicalTensor
-
-# What the converter takes as a weight; anything else in a file would lose meaning by a cast.
-WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
+from mlx_llama_convert.tensors import WEIGHT_DTYPES, LogicalTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +93,12 @@ class CheckpointWeights:
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> str:
-        """Return the dtype that a tensor is stored in."""
+        """Return the dtype that a tensor is read in."""
         return self._tensors[name].dtype
+
+    def nbytes(self, name: str) -> int:
+        """Return the bytes that a tensor takes in the files."""
+        return self._tensors[name].nbytes
 
     def read(self, name: str, rows: slice | None = None) -> mx.array:
         """Return a tensor, or some of its rows, evaluated."""
@@ -123,7 +124,7 @@ class CheckpointWeights:
                     f"tensor {name} is missing, expected for {self._config.n_layers} layers"
                 )
             tensor = self._tensors[name]
-            path = tensor.parts[0].path
+            path = tensor.path
             if tensor.shape != shape:
                 raise CheckpointError(
                     f"{path}: tensor {name} has shape {tensor.shape}, expected {shape} by the "
@@ -137,7 +138,7 @@ class CheckpointWeights:
         for name, tensor in self._tensors.items():
             if name not in shapes:
                 raise CheckpointError(
-                    f"{tensor.parts[0].path}: tensor {name} is too many: the configuration has "
+                    f"{tensor.path}: tensor {name} is too many: the configuration has "
                     f"{self._config.n_layers} layers"
                 )
 

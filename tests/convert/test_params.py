@@ -3,6 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlx_llama.errors import CheckpointError, MlxLlamaError, UnsupportedModelError
 from mlx_llama_convert.params import parse_params
@@ -91,3 +93,36 @@ def test_needed_keys_are_missed_by_name(key: str) -> None:
     del params[key]
     with pytest.raises(MlxLlamaError, match=f"'{key}' is missing"):
         parse_params(params, where="params.json")
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**30), 10**30),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=5),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(
+        st.one_of(
+            st.sampled_from([*meta_params(), "rope_theta", "ffn_dim_multiplier", "model"]),
+            st.sampled_from(["use_scaled_rope", "quantization_args", "lora_args", "max_seq_len"]),
+            st.text(max_size=5),
+        ),
+        VALUES,
+        max_size=8,
+    )
+)
+def test_any_json_is_bounded_parameters_or_one_clear_line(changes: dict[str, Any]) -> None:
+    try:
+        params = parse_params({**meta_params(), **changes}, where="params.json")
+    except MlxLlamaError as error:
+        assert str(error).startswith("params.json: ") and len(str(error)) < 400
+        return
+    assert 1 <= params.n_layers <= 1024
+    assert 1 <= params.hidden_dim < 1 << 50

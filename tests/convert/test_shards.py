@@ -12,14 +12,8 @@ import pytest
 
 from mlx_llama.errors import CheckpointError
 from mlx_llama_convert.pth import open_pth
-from mlx_llama_convert.shards import (
-    EMBEDDINGS,
-    OUTPUT,
-    LogicalTensor,
-    equal_content,
-    find_shards,
-    merge_ranks,
-)
+from mlx_llama_convert.shards import EMBEDDINGS, OUTPUT, find_shards, merge_ranks
+from mlx_llama_convert.tensors import LogicalTensor, equal_content
 from pth_writer import split_ranks, tiny_tensors, write_checkpoint, write_pth
 from shared_data import shared
 
@@ -234,7 +228,7 @@ def test_empty_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def tensor_of(path: Path, array: np.ndarray) -> LogicalTensor:
     write_pth(path, {"w": array})
-    return LogicalTensor("w", (open_pth(path)["w"],), 0)
+    return open_pth(path)["w"]
 
 
 def test_tied_output_is_recognised_across_shards(tmp_path: Path) -> None:

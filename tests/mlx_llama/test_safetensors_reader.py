@@ -119,6 +119,12 @@ def test_sound_headers_are_read(tmp_path: Path, header: object, data: bytes) -> 
         (entry(shape=[1] * 9), "shape is not"),
         (entry(shape=[1 << 31]), "shape is not"),
         (entry(shape=[(1 << 31) - 1] * 8), "expected an absurd number of"),
+        (entry(shape=[10**12]), "shape is not"),
+        (entry(shape=[10**12, 10**12]), "shape is not"),
+        (entry(shape=[1 << 30, 1 << 30]), "expected 1152921504606846976"),
+        (entry(shape=[1 << 30, 0]), "has 16 bytes, expected 0"),
+        (entry(dtype="F32"), "has 16 bytes, expected 64"),
+        (entry(dtype="BF16", shape=[4]), "has 16 bytes, expected 8"),
         (entry(shape=[17]), "has 16 bytes, expected 17"),
         (entry(data_offsets=[0]), "data_offsets"),
         (entry(data_offsets=[0, 8, 16]), "data_offsets"),
@@ -201,3 +207,35 @@ def test_flipped_bytes_never_crash(tmp_path: Path, flips: list[tuple[int, int]])
     assert sum(ref.nbytes for ref in refs.values()) <= 16
     for ref in refs.values():
         assert ref.read().shape == ref.shape
+
+
+SIZES = st.one_of(st.integers(-1, 17), st.sampled_from([10**12, 1 << 31, (1 << 31) - 1, 1 << 64]))
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from([*(dtype.safetensors for dtype in DTYPES.values()), "F64", "U16"]),
+        "shape": st.lists(SIZES, max_size=3),
+        "data_offsets": st.lists(SIZES, min_size=2, max_size=2),
+    }
+)
+
+
+@settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(st.dictionaries(st.text(max_size=3), ENTRIES, max_size=4))
+def test_headers_that_are_accepted_tile_the_data(
+    tmp_path: Path, header: dict[str, dict[str, Any]]
+) -> None:
+    """Whatever sizes, types and places are claimed: no byte is read twice, none beyond the end."""
+    path = write(tmp_path / "a.safetensors", header)
+    try:
+        refs = open_safetensors(path)
+    except CheckpointError as error:
+        assert str(error).isprintable() and len(str(error)) < 500
+        return
+    start = path.stat().st_size - len(DATA)
+    taken = [byte for ref in refs.values() for byte in range(ref.offset, ref.offset + ref.nbytes)]
+    assert sorted(taken) == list(range(start, start + len(DATA)))
+    assert all(ref.read().shape == ref.shape for ref in refs.values())
