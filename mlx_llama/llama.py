@@ -81,6 +81,10 @@ class Llama:
         """Return BOS and a text's tokens, or ids as they are once they are checked."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True)
+        if isinstance(prompt, bytes | bytearray):
+            raise OptionError(
+                "prompt: found bytes, expected a text or token ids; decode them first"
+            )
         ids = _whole_numbers(prompt, "prompt", "a text or token ids")
         if not ids:
             raise OptionError("prompt: no token ids; a model needs one at least, such as BOS")

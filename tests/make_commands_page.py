@@ -9,6 +9,11 @@ HEAD = """# Commands
 
 Made by `python tests/make_commands_page.py` from the commands' own help. Exit codes: 0, 1 for an
 error, 2 for wrong usage, 130 after Ctrl-C. `--debug` shows a traceback with an error.
+
+MODEL is a folder, or a name in the models folder: `data/models` under `MLX_LLAMA_HOME` when that is
+set, else `models` in the platform's folder for a program's data
+(`~/Library/Application Support/mlx-llama` on macOS, `~/.local/share/mlx-llama` on Linux). A prompt
+or a chat that comes through a pipe is one message, whatever its lines.
 """
 
 

@@ -6,11 +6,11 @@ model directory's own defaults can take its place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, field, fields, make_dataclass
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 from mlx_llama.errors import OptionError
 from mlx_llama.options import ConvertOptions, GenerationOptions
@@ -24,14 +24,26 @@ def _flags_of(options: type, **types: Any) -> type:
         if spec.metadata.get("python_only"):
             continue
         kind = types.get(spec.name, hints[spec.name])
+        is_whole = int in (kind, *get_args(kind))
         parameter = Parameter(
             help=spec.metadata["help"] + _default_help(spec),
             allow_leading_hyphen=True,
+            converter=_whole_number if is_whole else None,
         )
         made.append((spec.name, Annotated[kind | None, parameter], field(default=None)))
     made_class = make_dataclass(f"{options.__name__}Flags", made, frozen=True)
     made_class.__module__ = __name__  # cyclopts does not look into classes of the standard library
     return made_class
+
+
+def _whole_number(kind: Any, tokens: Sequence[Token]) -> int:
+    """Read a whole number; cyclopts itself would round 3.5."""
+    del kind
+    text = tokens[0].value
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"found {text!r}, expected a whole number") from None
 
 
 def _default_help(spec: Field[Any]) -> str:

@@ -86,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Who read us has gone (`| head`); Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        return _fail(f"{error.filename or 'output'}: {error.strerror}", EXIT_ERROR, is_debugged)
     except Exception as error:
         line = f"unexpected {type(error).__name__}: {error}; --debug shows where"
         return _fail(line, EXIT_ERROR, is_debugged)
@@ -93,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_main() -> None:
     """Run as the installed command."""
+    if sys.stdout is None or sys.stderr is None:  # closed by who started us
+        os._exit(EXIT_ERROR)
     code = main()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -162,7 +166,8 @@ def _refuse_mistyped_option(command: str | None, tokens: list[str]) -> None:
         elif name in known:
             asking = name if known[name] and "=" not in token else None
         elif LONG_OPTION.fullmatch(name):
-            near = difflib.get_close_matches(name, known, 1)
+            near = [option for option in known if option.startswith(name)]
+            near += difflib.get_close_matches(name, known, 1)
             hint = f", did you mean {near[0]}" if near else ""
             raise OptionError(
                 f"unknown option {name}{hint}; see mlx-llama {command} --help (a prompt like this "

@@ -60,12 +60,14 @@ def run(
     path = paths.resolve_model(model)
     text = read_stdin() if prompt in (None, "-") else prompt
     with StatusLine() as status, Inference(model_loader(path, dtype, status)) as inference:
-        status.close()
+        wanted["on_prefill"] = lambda done, total: status.show(
+            f"reading the prompt: {done} of {total} tokens"
+        )
         steps = inference.stream(_asking(text, raw, system, date, wanted, as_json))
         if as_json:
             print(json.dumps(_as_object(steps), ensure_ascii=False))
         else:
-            _print_text(steps)
+            _print_text(steps, status)
 
 
 def _asking(
@@ -95,11 +97,12 @@ def _asking(
     return ask
 
 
-def _print_text(steps: Iterator[Step]) -> None:
+def _print_text(steps: Iterator[Step], status: StatusLine) -> None:
     """Print the text as it comes and end it with one newline."""
     last = ""
     try:
         for step in steps:
+            status.close()
             if step.text:
                 last = step.text
                 write_text(step.text, sys.stdout)

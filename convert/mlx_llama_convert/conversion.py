@@ -20,7 +20,7 @@ from mlx_llama.options import DEFAULT_TEMPERATURE, DEFAULT_TOP_P
 from mlx_llama_convert import checklist
 from mlx_llama_convert.card import model_card
 from mlx_llama_convert.hashing import Hasher
-from mlx_llama_convert.output import JOURNAL, Partial, new_directory
+from mlx_llama_convert.output import JOURNAL, MANIFEST_NAME, Partial, new_directory
 from mlx_llama_convert.plan import ConversionPlan
 from mlx_llama_convert.resources import OTHER_BYTES
 from mlx_llama_convert.safetensors_writer import (
@@ -34,7 +34,6 @@ from mlx_llama_convert.verification import Verification, compare_weights
 from mlx_llama_quantize import quantize_weights
 
 MAX_SHARD_BYTES = 5_000_000_000
-MANIFEST_NAME = "manifest.json"
 LICENSES = ("LICENSE*", "USE_POLICY*", "NOTICE*")
 
 OnProgress = Callable[[int, int, str], None]  # bytes written, bytes to write, tensor

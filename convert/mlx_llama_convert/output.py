@@ -16,10 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_llama.errors import OutputError
+from mlx_llama.errors import CheckpointError, OutputError
+from mlx_llama.strict_json import load_json
 from mlx_llama_convert.hashing import file_digests
 
 JOURNAL = ".mlx-llama-partial"  # marks the folder as ours; holds the lock and the finished files
+MANIFEST_NAME = "manifest.json"
+MAX_JSON_BYTES = 64 << 20
 REPLACED = ".replaced"  # the old output, inside the partial folder while names are swapped
 
 
@@ -51,7 +54,7 @@ def new_directory(
 ) -> Iterator[Partial]:
     """Yield a folder that becomes `target` when the block ends well.
 
-    force: an existing model directory is replaced, at the very end. needed_bytes: refused at once
+    force: an existing directory of ours is replaced, at the very end. needed_bytes: refused at once
     when the disk has less. job: what is being made; files that an interrupted run of the same job
     finished are kept, if their digests are right. on_note: told what is kept or thrown away.
     Raises OutputError. After Ctrl-C or a failing disk finished files stay; after any other
@@ -89,26 +92,34 @@ def new_directory(
 
 
 def check_target(target: Path, *, force: bool) -> None:
-    """Refuse a target that exists, and with force one that is no model directory."""
+    """Refuse a target that exists, and with force one that holds more than we wrote."""
     if not target.exists() and not target.is_symlink():
         return
     if not force:
         raise OutputError(f"{target}: exists; choose another --output, or --force to replace it")
-    if not _is_model_or_empty(target):
+    foreign = _foreign_files(target)
+    if foreign:
         raise OutputError(
-            f"{target}: is no model directory (config.json, safetensors, no folders), --force does "
-            "not replace it"
+            f"{target}: --force replaces only what mlx-llama wrote, and {foreign[0]} is not of it; "
+            "choose another --output"
         )
 
 
-def _is_model_or_empty(target: Path) -> bool:
+def _foreign_files(target: Path) -> list[str]:
+    """Return what stands at a target and is not in the manifest of one of our directories."""
     if target.is_symlink() or not target.is_dir():
-        return False
-    # A kill right after the renames leaves our own traces in a directory that is whole.
-    paths = [path for path in target.iterdir() if path.name not in (JOURNAL, REPLACED)]
-    names = {path.name for path in paths}
-    is_model = "config.json" in names and any(name.endswith(".safetensors") for name in names)
-    return not paths or (is_model and all(path.is_file() for path in paths))
+        return [target.name]
+    ours = {MANIFEST_NAME, JOURNAL, REPLACED}  # a kill right after the renames leaves the last two
+    try:
+        manifest = load_json(target / MANIFEST_NAME, max_bytes=MAX_JSON_BYTES)
+    except CheckpointError:
+        manifest = {}
+    files = manifest.get("files")
+    if manifest.get("tool") == "mlx-llama" and isinstance(files, dict):
+        ours |= set(files)
+    else:
+        ours = set()
+    return sorted(path.name for path in target.iterdir() if path.name not in ours)
 
 
 def _left(partial: Partial) -> str:

@@ -21,6 +21,9 @@ from mlx_llama_convert.source import SourceModel
 from mlx_llama_quantize import QuantSpec, packed_entries
 from mlx_llama_quantize.spec import DEFAULT_GROUP_SIZE
 
+# Parameters: large enough to be used for its answers, small enough to suffer from 4 bits.
+SMALL_MODEL = (100_000_000, 2_000_000_000)
+
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
@@ -132,6 +135,12 @@ def _notes(
     if spec is None:
         return []
     notes: list[str] = []
+    if spec.bits <= 4 and SMALL_MODEL[0] <= source.config.parameter_count <= SMALL_MODEL[1]:
+        notes.append(
+            f"{spec.bits} bits cost a model of this size much: Meta measured 49.3 -> 43.3 on MMLU and "
+            "44.4 -> 33.1 on GSM8K for Llama 3.2 1B with plain 4-bit weights and 8-bit activations; "
+            "--bits 8 loses little, --group-size 32 less than this"
+        )
     odd = Counter(
         (source.weights.shape(name)[-1], form)
         for name, form in forms.items()

@@ -61,6 +61,7 @@ class Terminal:
             dimensions=(24, 80),
             timeout=30,
             encoding="utf-8",
+            codec_errors="replace",  # the terminal echoes ^C in the middle of a character
         )
 
     def expect(self, pattern: str) -> str:

@@ -73,6 +73,9 @@ USAGE = [
     (["run", "CHAT", "hi", "--logit-bias", "hellohello=1"], "no single token"),
     (["run", "CHAT", "hi", "--dtype", "int8"], "expected one of float32, bfloat16, float16"),
     (["run", "CHAT", "hi", "--stop", ""], "--stop: an empty text"),
+    (["convert", "META", "--bits", "3.5"], "found '3.5', expected a whole number"),
+    (["run", "CHAT", "hi", "--max-tokens", "2.7"], "found '2.7', expected a whole number"),
+    (["run", "CHAT", "hi", "--temp", "0"], "did you mean --temperature"),
     (["convert", "META", "--bits", "7"], "expected one of 2, 3, 4, 5, 6, 8"),
     (["convert", "META", "--group-size", "48"], "expected one of 32, 64, 128"),
     (["convert", "META", "--no-quantize", "--bits", "4"], "--bits: does nothing"),
@@ -88,7 +91,7 @@ ERRORS = [
     (["convert", "EMPTY"], "no checkpoint: expected params.json"),
     (["convert", "NOTHING"], "no such folder"),
     (["convert", "META", "-o", "BASE"], "exists; choose another --output"),
-    (["convert", "META", "-o", "EMPTY/../file", "--force"], "is no model directory"),
+    (["convert", "META", "-o", "EMPTY/../file", "--force"], "replaces only what mlx-llama wrote"),
 ]
 
 
@@ -327,3 +330,24 @@ def test_ctrl_c_while_starting_is_quiet(base_model: Path, home: Path) -> None:
         # The interpreter's own start, before any line of ours, is not ours to quieten.
         assert process.returncode in (130, -signal.SIGINT, 1)
         assert b"mlx_llama" not in errors
+
+
+@pytest.mark.parametrize("where", [">&-", "> /dev/full"])
+def test_output_that_cannot_be_written_is_no_traceback(
+    base_model: Path, home: Path, where: str
+) -> None:
+    if where.endswith("full") and not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    line = " ".join(
+        f"'{part}'" for part in command("run", base_model, "hello", "--max-tokens", "3")
+    )
+    done = subprocess.run(
+        ["sh", "-c", f"{line} {where}"],
+        env=environment(home),
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 1

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from mlx_llama_convert.output import JOURNAL, REPLACED, new_directory
 def write(target: Path, text: str, *, force: bool = False) -> None:
     with new_directory(target, force=force, needed_bytes=1) as partial:
         (partial.folder / "config.json").write_text(text)
+        manifest = {"tool": "mlx-llama", "files": {"config.json": {}}}
+        (partial.folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -63,30 +66,28 @@ def test_too_little_space_is_told_before_work(tmp_path: Path) -> None:
 
 def test_existing_target_is_refused_and_forced(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
-    (tmp_path / "out" / "model.safetensors").touch()
     with pytest.raises(OutputError, match="exists"):
         write(tmp_path / "out", "new")
     assert (tmp_path / "out" / "config.json").read_text() == "old"
     write(tmp_path / "out", "new", force=True)
     assert (tmp_path / "out" / "config.json").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["config.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "manifest.json"]
 
 
 def test_force_does_not_replace_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(OutputError, match="no model directory"):
+    with pytest.raises(OutputError, match="replaces only what mlx-llama wrote"):
         write(tmp_path / "out", "new", force=True)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OutputError, match="no model directory"):
+    with pytest.raises(OutputError, match="replaces only what mlx-llama wrote"):
         write(tmp_path / "file", "new", force=True)
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_failure_with_force_keeps_the_old_output(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
-    (tmp_path / "out" / "model.safetensors").touch()
     with (
         pytest.raises(RuntimeError),
         new_directory(tmp_path / "out", force=True, needed_bytes=1),
@@ -114,14 +115,13 @@ def test_remains_of_a_killed_run_are_replaced(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
     write(tmp_path / "out", "whole")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["config.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "manifest.json"]
 
 
 def test_kill_between_the_renames_loses_neither_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "out", "old")
-    (tmp_path / "out" / "model.safetensors").touch()
     partial = tmp_path / "out.partial"
     partial.mkdir()
     (partial / JOURNAL).touch()
@@ -229,7 +229,6 @@ def test_stopping_between_the_renames_keeps_the_old_output(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", second_fails)
-    (tmp_path / "out" / "model.safetensors").touch()
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out", "new", force=True)
     assert (tmp_path / "out" / "config.json").read_text() == "old"
@@ -267,10 +266,17 @@ def test_partial_folder_of_another_run_is_left_alone(
 
 
 def test_force_does_not_replace_a_folder_with_more_in_it(tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors", "notes/thesis.tex"):
-        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "out" / name).write_text("mine")
-    with pytest.raises(OutputError, match="no model directory"):
+    write(tmp_path / "out", "old")
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    with pytest.raises(OutputError, match=r"thesis\.tex is not of it"):
+        write(tmp_path / "out", "new", force=True)
+
+
+def test_force_does_not_replace_other_peoples_models(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "out" / name).write_text("theirs")
+    with pytest.raises(OutputError, match="replaces only what mlx-llama wrote"):
         write(tmp_path / "out", "new", force=True)
 
 
