@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from time import monotonic
+from time import monotonic, process_time
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -140,7 +140,7 @@ def _carry_out(
 ) -> None:
     from mlx_llama_convert import convert_checkpoint
 
-    started = monotonic()
+    started, started_cpu = monotonic(), process_time()
     with byte_bar("converting", is_quiet=quiet) as on_progress:
         convert_checkpoint(
             plan,
@@ -155,7 +155,12 @@ def _carry_out(
     if not quiet:
         elapsed = max(monotonic() - started, 1e-9)
         rates = [size(int(count / elapsed)) for count in (plan.source_bytes, plan.output_bytes)]
-        remark(f"done in {elapsed:.1f} s, {rates[0]} read and {rates[1]} written a second")
+        is_busy = process_time() - started_cpu > 0.7 * elapsed * thread_count()
+        limit = "the processor" if is_busy else "the disk"
+        remark(
+            f"done in {elapsed:.1f} s, {rates[0]} read and {rates[1]} written a second, limited by "
+            f"{limit}"
+        )
 
 
 def thread_count() -> int:
