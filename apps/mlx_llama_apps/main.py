@@ -169,7 +169,7 @@ def _refuse_mistyped_option(command: str | None, tokens: list[str]) -> None:
             near = [option for option in known if option.startswith(name)]
             near += difflib.get_close_matches(name, known, 1)
             hint = f", did you mean {near[0]}" if near else ""
+            prompt = " (a prompt like this goes behind --)" if command == "run" else ""
             raise OptionError(
-                f"unknown option {name}{hint}; see mlx-llama {command} --help (a prompt like this "
-                "goes behind --)"
+                f"unknown option {name}{hint}; see mlx-llama {command} --help{prompt}"
             )

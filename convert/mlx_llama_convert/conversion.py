@@ -22,7 +22,7 @@ from mlx_llama_convert.card import model_card
 from mlx_llama_convert.hashing import Hasher
 from mlx_llama_convert.output import JOURNAL, MANIFEST_NAME, Partial, new_directory
 from mlx_llama_convert.plan import ConversionPlan
-from mlx_llama_convert.resources import OTHER_BYTES
+from mlx_llama_convert.resources import OTHER_BYTES, disk_bytes
 from mlx_llama_convert.safetensors_writer import (
     SafetensorsWriter,
     build_index,
@@ -62,7 +62,7 @@ def convert_checkpoint(
     files = plan.source.files
     _refuse_own_source(target, files)
     expected = checklist.expected_digests(files)
-    needed = plan.output_bytes + OTHER_BYTES
+    needed = disk_bytes(plan.output_bytes)
     with (
         new_directory(
             target, force=force, needed_bytes=needed, job=_job(plan), on_note=on_note

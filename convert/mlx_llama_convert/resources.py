@@ -58,10 +58,15 @@ def needs_of(
     return Needs(
         memory=PROGRAM_BYTES + (2 * n_threads + 2) * BYTES_PER_BLOCK,
         memory_found=available_memory(),
-        disk=output_bytes + OTHER_BYTES,
+        disk=disk_bytes(output_bytes),
         disk_found=shutil.disk_usage(_existing(target)).free,
         seconds=weights * _seconds_per_weight(form) / n_threads,
     )
+
+
+def disk_bytes(output_bytes: int) -> int:
+    """Return the disk space to ask for: a tenth more than the weights, and the other files."""
+    return output_bytes + output_bytes // 10 + OTHER_BYTES
 
 
 def _existing(path: Path) -> Path:
