@@ -116,7 +116,8 @@ class LlamaModel:
         k, v = cache.append(layer, turned[:, n_heads:], x[:, n_heads + n_kv_heads :])
         q = turned[:, :n_heads]
         if positions is LAST:  # the newest query sees everything
-            q, mask, positions = q[:, :, LAST], None, None
+            q, positions = q[:, :, LAST], None
+            mask = mask[..., LAST, :] if isinstance(mask, mx.array) else None
         out = ops.attention(q, k, v, scale=self._scale, mask=mask).transpose(0, 2, 1, 3)
         out = out if positions is None else out[:, positions]
         return block.wo(out.reshape(batch, out.shape[1], -1))
