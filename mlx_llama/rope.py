@@ -1,42 +1,119 @@
-"""Rotary position embedding: the periods of one model, computed once.
+"""Rotary position embedding: the periods of one model, computed once, and keys turned back.
 
 Rows of wq and wk are in Hugging Face's order here (half-split: a head's feature i turns with
 i + D/2), not in Meta's (interleaved: 2i with 2i + 1); the converter permutes.
+
+Frequencies are Meta's float32 values, step for step: the weights were trained with them, and
+where the scaled frequency is a difference the exact ones are several float32 steps away.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_llama.config import ModelConfig, RopeScaling
+from mlx_llama.config import LIMITS, ModelConfig, RopeScaling
+from mlx_llama.errors import OptionError
+
+MAX_LINEAR_FACTOR = 1024.0  # RopeScaling's bound
 
 
 def rope_periods(config: ModelConfig) -> mx.array:
     """Return what `mx.fast.rope` takes as `freqs`: 1/f for each pair, (D/2,) float32.
 
-    Computed in float64 and rounded once. Passing periods is more accurate at long positions than
-    passing `base`, which recomputes them in float32 for every call.
+    `mx.fast.rope` turns by the float32 nearest to 1/period, which is Meta's frequency or the
+    float32 next to it: not every frequency is the inverse of a float32. Passing periods is more
+    accurate at long positions than passing `base`, which recomputes them in float32 every call.
     """
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    frequencies = config.rope_theta**-exponents
-    if config.rope_scaling is not None:
-        frequencies = scale_frequencies(frequencies, config.rope_scaling)
-    return mx.array((1.0 / frequencies).astype(np.float32))
+    return mx.array(np.float32(1.0) / rope_frequencies(config))
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Return the radians per position of each pair, (D/2,) float32.
+
+    Source: `precompute_freqs_cis` in meta-llama/llama-models `models/llama3/model.py` (0.3.0),
+    which LLaMA 1, Llama 2 and Code Llama share up to the scaling.
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    # NumPy's float32 power differs from machine to machine in the last bit; the one rounding of a
+    # float64 power does not, and torch's is that but for one of the published frequencies.
+    theta = np.float64(np.float32(config.rope_theta))
+    frequencies = np.float32(1.0) / np.power(theta, exponents, dtype=np.float64).astype(np.float32)
+    if config.rope_scaling is None:
+        return frequencies
+    return scale_frequencies(frequencies, config.rope_scaling)
 
 
 def scale_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Stretch RoPE frequencies (radians per position, (D/2,) float64).
+    """Stretch RoPE frequencies (radians per position, (D/2,) float32).
 
-    Source: `apply_scaling` in meta-llama/llama-models `models/llama3/model.py`; `linear` is
-    position interpolation, arXiv 2306.15595.
+    Source: `apply_scaling` in meta-llama/llama-models `models/llama3/model.py` (0.3.0), whose
+    Python numbers torch rounds to float32, as NumPy does here; `linear` is position
+    interpolation, arXiv 2306.15595.
     """
     if scaling.rope_type == "linear":
-        return frequencies / scaling.factor
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    turns = scaling.original_context * frequencies / (2 * math.pi)
+        return frequencies / np.float32(scaling.factor)
+    low, high, context = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_context
+    # torch computes `number / tensor` as the reciprocal times the number: two roundings, not one.
+    wavelengths = (1.0 / frequencies) * (2 * math.pi)
     # 0 where a pair turns too slowly to have been seen in full, 1 where it turns often.
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return frequencies * (smooth + (1.0 - smooth) / scaling.factor)
+    smooth = ((1.0 / wavelengths) * context - low) / (high - low)
+    blended = (1.0 - smooth) * frequencies / scaling.factor + smooth * frequencies
+    slow = np.where(wavelengths > context / low, frequencies / scaling.factor, blended)
+    return np.where(wavelengths < context / high, frequencies, slow)
+
+
+def angles_back(
+    periods: mx.array, positions: np.ndarray, delta: int
+) -> tuple[mx.array, mx.array]:
+    """Return cos and sin, each (S, D/2) float32, that turn keys at positions (S,) by -delta.
+
+    `mx.fast.rope` rounds position times frequency to float32, by up to 0.004 radians at 131071.
+    The difference of two such angles is what leads from one rotation to the other; the product of
+    delta and the frequency is not. It is exact in float64. Evaluates periods (`rope_periods`).
+    """
+    frequencies = np.float32(1.0) / np.asarray(periods)
+    now = positions.astype(np.float32)[:, None] * frequencies
+    then = (positions - delta).astype(np.float32)[:, None] * frequencies
+    angles = now.astype(np.float64) - then.astype(np.float64)
+    return mx.array(np.cos(angles).astype(np.float32)), mx.array(np.sin(angles).astype(np.float32))
+
+
+def turn_back(keys: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Turn rotated keys back: those of positions p become those of p - delta.
+
+    Shapes: keys (..., S, D), half-split pairs; cos and sin from `angles_back`. Dtypes: arithmetic
+    in float32, the result in that of keys.
+    """
+    first, second = mx.split(keys.astype(mx.float32), 2, axis=-1)  # (..., S, D/2) each
+    turned = [first * cos + second * sin, second * cos - first * sin]
+    return mx.concatenate(turned, axis=-1).astype(keys.dtype)  # (..., S, D)
+
+
+def with_linear_scaling(config: ModelConfig, factor: float) -> ModelConfig:
+    """Return config with every RoPE frequency divided by factor, its context as much longer.
+
+    For a model without RoPE scaling (LLaMA 1, Llama 2, Code Llama, Llama 3).
+
+    Raises: OptionError where factor is not above 1 and at most 1024, where the context would be
+    longer than a configuration can hold, or where the model has a scaling already.
+    """
+    if config.rope_scaling is not None:
+        raise OptionError(
+            f"--rope-linear: the model has {config.rope_scaling.rope_type} scaling already; "
+            "leave the option out"
+        )
+    if not 1.0 < factor <= MAX_LINEAR_FACTOR:
+        raise OptionError(
+            f"--rope-linear {factor}: expected a factor above 1, at most {MAX_LINEAR_FACTOR:g}"
+        )
+    context, most = int(config.max_context * factor), LIMITS["max_context"]
+    if context > most:
+        raise OptionError(
+            f"--rope-linear {factor}: a context of {config.max_context} tokens would become "
+            f"{context}, more than {most}; the factor can be {most / config.max_context:g} at most"
+        )
+    return replace(config, rope_scaling=RopeScaling("linear", float(factor)), max_context=context)
