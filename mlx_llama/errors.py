@@ -29,6 +29,10 @@ class ContextOverflowError(MlxLlamaError):
     """The prompt does not fit into the context; nothing is cut silently."""
 
 
+class MemoryShortError(MlxLlamaError):
+    """The machine has less memory than the model and its context need; nothing was begun."""
+
+
 class OptionError(MlxLlamaError, ValueError):
     """An option has a value that it cannot have, or that could not take effect."""
 

@@ -5,6 +5,7 @@ Text exists only behind the detokenizer. Knows nothing of messages or terminals.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -13,8 +14,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_llama import ops
-from mlx_llama.cache import Cache
+from mlx_llama.cache import KVCache
 from mlx_llama.errors import ContextOverflowError
 from mlx_llama.model import LAST, LlamaModel
 from mlx_llama.options import GenerationOptions
@@ -22,8 +22,10 @@ from mlx_llama.sampling import Sampler
 from mlx_llama.tokenizer import Detokenizer
 
 RESERVE_AHEAD = 512  # tokens of an open-ended answer that get their room at once
+SLICE_S = 0.1  # what a prompt evaluates at once shall take so long: cancelling waits for it
 
 OnPrefill = Callable[[int, int], None]
+OnForget = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class Stats:
 
     prompt_tokens counts the whole prompt, cached_tokens what needed no computing again.
     peak_memory_bytes: MLX's, weights included. context_tokens: held at the end, of context_limit.
+    forgotten_tokens: of the whole text, what a sliding context has dropped.
     """
 
     prompt_tokens: int
@@ -44,6 +47,7 @@ class Stats:
     peak_memory_bytes: int
     context_tokens: int
     context_limit: int
+    forgotten_tokens: int
     seed: int
 
 
@@ -69,8 +73,10 @@ class Step:
 class Request:
     """What `generate` needs beside the model.
 
-    ids: the whole prompt, of which the cache may hold the beginning. context_limit: tokens that
-    prompt and answer may have together. stop_ids end the answer and are not printed.
+    ids: the whole prompt, of which the cache may hold the beginning. stop_ids end the answer and
+    are not printed. chunk: tokens of the prompt that are computed at once. on_prefill(done, total)
+    counts prompt tokens; on_forget(n) tells, each time it grows, how many tokens a sliding context
+    has dropped.
     """
 
     ids: Sequence[int]
@@ -78,9 +84,11 @@ class Request:
     sampler: Sampler
     detokenizer: Detokenizer
     stop_ids: frozenset[int]
-    context_limit: int
+    chunk: int
     on_prefill: OnPrefill | None = None
+    on_forget: OnForget | None = None
     cancel: threading.Event | None = None
+    forgotten: int = 0  # as last told
 
     @property
     def is_cancelled(self) -> bool:
@@ -102,7 +110,7 @@ class _Clock:
         if self.first is None:
             self.first = time.perf_counter()
 
-    def stats(self, request: Request, cache: Cache) -> Stats:
+    def stats(self, request: Request, cache: KVCache) -> Stats:
         now = time.perf_counter()
         first = self.first or now
         later = self.answer_tokens - 1
@@ -116,8 +124,9 @@ class _Clock:
             time_to_first_token_s=first - self.started,
             elapsed_s=now - self.started,
             peak_memory_bytes=mx.get_peak_memory(),
-            context_tokens=min(cache.offset, len(request.ids) + self.answer_tokens),
-            context_limit=request.context_limit,
+            context_tokens=min(cache.held, len(request.ids) + self.answer_tokens),
+            context_limit=cache.capacity,
+            forgotten_tokens=cache.forgotten,
             seed=request.options.seed or 0,
         )
 
@@ -158,42 +167,40 @@ class StopText:
         return 0
 
 
-def generate(model: LlamaModel, cache: Cache, request: Request) -> Generator[Step]:
+def generate(model: LlamaModel, cache: KVCache, request: Request) -> Generator[Step]:
     """Answer a prompt whose first `cache.offset` tokens are cached.
 
     Evaluates. When it ends, or is closed, the cache holds a beginning of prompt and answer; it may
     hold the last token of the answer or not (`cache.offset` tells).
     Raises ContextOverflowError when prompt and one token do not fit.
     """
-    n_prompt, limit, asked = len(request.ids), request.context_limit, request.options.max_tokens
-    if n_prompt >= limit:
-        raise ContextOverflowError(
-            f"the prompt has {n_prompt} tokens, the context holds {limit}, one of them for an "
-            "answer: shorten the prompt"
-        )
-    room = limit - n_prompt
-    budget, full = (room, "context") if asked is None or asked > room else (asked, "length")
+    n_prompt, asked = len(request.ids), request.options.max_tokens
+    room = _room(cache, n_prompt)
+    budget, full = (room, "context") if asked is None or asked > room else (int(asked), "length")
     mx.reset_peak_memory()
     clock = _Clock(cached_tokens=cache.offset)
     output = _Output(request)
     if budget == 0:
         yield Step(None, "", finish_reason=full, stats=clock.stats(request, cache))
         return
-    cache.reserve(n_prompt - cache.offset + min(budget, RESERVE_AHEAD))
+    cache.reserve(n_prompt - cache.offset + int(min(budget - 1, RESERVE_AHEAD)))
     logits = prefill(model, cache, request)
     if logits is None:
         yield Step(None, "", finish_reason="cancelled", stats=clock.stats(request, cache))
         return
     draw = _Draw.of(logits, request)
-    for n_answer in range(1, budget + 1):
+    n_answer = 0
+    while True:
         if request.is_cancelled:
             text = output.finish()
             yield Step(None, text, finish_reason="cancelled", stats=clock.stats(request, cache))
             return
+        n_answer += 1
         following = None
         if n_answer < budget:
             # Queued before the current token is read: the device never waits for Python.
             following = _Draw.of(model(draw.token[None], cache, positions=LAST)[0, 0], request)
+            _tell_forgotten(cache, request)
         token_id = draw.read()
         clock.count()
         text, reason = output.add(token_id)
@@ -206,28 +213,76 @@ def generate(model: LlamaModel, cache: Cache, request: Request) -> Generator[Ste
         draw = following
 
 
-def prefill(model: LlamaModel, cache: Cache, request: Request) -> mx.array | None:
+def _room(cache: KVCache, n_prompt: int) -> float:
+    """Return how many tokens an answer may have; infinitely many where the context slides."""
+    if cache.slides:
+        return math.inf
+    if n_prompt >= cache.capacity:
+        raise ContextOverflowError(
+            f"the prompt has {n_prompt} tokens, the context holds {cache.capacity}, one of them "
+            "for an answer: shorten the prompt, raise --context, or take --on-full slide"
+        )
+    return cache.capacity - n_prompt
+
+
+def _tell_forgotten(cache: KVCache, request: Request) -> None:
+    if cache.forgotten > request.forgotten:
+        request.forgotten = cache.forgotten
+        if request.on_forget is not None:
+            request.on_forget(cache.forgotten)
+
+
+def prefill(model: LlamaModel, cache: KVCache, request: Request) -> mx.array | None:
     """Compute the prompt's uncached tokens slice by slice; return the last one's logits (V,).
 
     Returns None when cancelled; the cache then holds whole slices. Evaluates all but the logits.
     """
-    ids = request.ids
+    ids, pace = request.ids, _Pace()
     hidden: mx.array | None = None
     while cache.offset < len(ids):
         if request.is_cancelled:
             return None
         start = cache.offset
-        chunk = mx.array(list(ids[start : start + ops.prefill_chunk()]), dtype=mx.uint32)[None]
-        hidden = model.hidden(chunk, cache, positions=LAST)
-        # Only keys and values: what follows them in the last layer is needed at the end alone.
-        mx.eval(cache.arrays)
+        stop = min(start + min(request.chunk, cache.pass_limit), len(ids))
+        chunk = mx.array(list(ids[start:stop]), dtype=mx.uint32)[None]
+        hidden = _prefill_pass(model, cache, chunk, request, pace)
+        if hidden is None:
+            return None
         if request.on_prefill is not None:
             request.on_prefill(cache.offset, len(ids))
+        _tell_forgotten(cache, request)
     if hidden is None:
         raise ValueError(
             "the cache already holds the whole prompt; its last token must be computed"
         )
     return model.logits(hidden[0, -1])
+
+
+def _prefill_pass(
+    model: LlamaModel, cache: KVCache, tokens: mx.array, request: Request, pace: _Pace
+) -> mx.array | None:
+    """Run tokens (1, L) through the model, some half blocks at a time; None when cancelled."""
+    started = time.perf_counter()
+    hidden, number = None, 0
+    for number, hidden in enumerate(model.by_halves(tokens, cache, positions=LAST), 1):
+        if number % pace.halves == 0:
+            if request.is_cancelled:
+                return None
+            mx.eval(hidden, cache.arrays)
+    mx.eval(hidden, cache.arrays)
+    pace.learn(number, time.perf_counter() - started)
+    return hidden
+
+
+@dataclass(slots=True)
+class _Pace:
+    """How many half blocks are evaluated at once, so that each slice takes about SLICE_S."""
+
+    halves: int = 1
+
+    def learn(self, n_halves: int, elapsed_s: float) -> None:
+        """Size the next pass's slices by a pass that is over."""
+        self.halves = max(1, int(SLICE_S * n_halves / max(elapsed_s, 1e-6)))
 
 
 @dataclass(slots=True)

@@ -19,10 +19,11 @@ import mlx.core as mx
 from mlx_llama import ops
 from mlx_llama.cache import KVCache
 from mlx_llama.config import ModelConfig
-from mlx_llama.errors import OptionError
-from mlx_llama.generation import OnPrefill, Step
+from mlx_llama.errors import ContextOverflowError, OptionError
+from mlx_llama.generation import OnForget, OnPrefill, Step
 from mlx_llama.kinds import Kind, kind_named
 from mlx_llama.model import LAST, LlamaModel
+from mlx_llama.options import context_options, split_options
 from mlx_llama.prompts import Message, PromptFormat, prompt_format
 from mlx_llama.sampling import SamplingDefaults
 from mlx_llama.session import Session
@@ -106,7 +107,15 @@ class Llama:
         ids = self.prompt_ids(list(ids))
         wanted = range(len(ids)) if positions is None else _places(positions, len(ids))
         step = ops.prefill_chunk()
-        cache = KVCache(self.config.n_layers, capacity=len(ids)) if len(ids) > step else None
+        if len(ids) > self.config.max_context:
+            raise ContextOverflowError(
+                f"the text has {len(ids)} tokens, the model was trained for "
+                f"{self.config.max_context}: shorten it"
+            )
+        cache = None
+        if len(ids) > step:
+            cache = KVCache(self.config, capacity=len(ids))
+            cache.reserve(len(ids))
         rows: list[mx.array] = []
         for start in range(0, len(ids), step):
             here = sorted({p - start for p in wanted if start <= p < start + step})
@@ -121,30 +130,51 @@ class Llama:
         mx.eval(result)
         return result
 
-    def session(self) -> Session:
-        """Begin a conversation."""
-        return Session(self)
+    def session(self, **options: Any) -> Session:
+        """Begin a conversation. Options: the fields of `ContextOptions`.
+
+        Raises MemoryShortError for a context that does not fit, with the ones that would.
+        """
+        return Session(self, context_options(options))
 
     def stream(
         self,
         prompt: str | Sequence[int],
         *,
         on_prefill: OnPrefill | None = None,
+        on_forget: OnForget | None = None,
         cancel: threading.Event | None = None,
         **options: Any,
     ) -> Iterator[Step]:
         """Continue a plain text (BOS is put before it) or token ids.
 
-        Options: the fields of `GenerationOptions`. on_prefill(done, total) counts prompt tokens;
+        Options: the fields of `GenerationOptions` and `ContextOptions`. on_prefill(done, total)
+        counts prompt tokens; on_forget(n) tells how many tokens a sliding context has dropped;
         setting cancel ends the answer at the next slice.
         """
-        return Session(self).complete(prompt, on_prefill=on_prefill, cancel=cancel, **options)
+        context, generation = split_options(options)
+        session = Session(self, context, is_single=True)
+        hooks = {"on_prefill": on_prefill, "on_forget": on_forget, "cancel": cancel}
+        return session.complete(prompt, **hooks, **generation)
 
     def stream_chat(
-        self, messages: Sequence[Message | Mapping[str, str]], **options: Any
+        self,
+        messages: Sequence[Message | Mapping[str, str]],
+        *,
+        date: str | None = None,
+        on_prefill: OnPrefill | None = None,
+        on_forget: OnForget | None = None,
+        cancel: threading.Event | None = None,
+        **options: Any,
     ) -> Iterator[Step]:
-        """Answer messages such as {"role": "user", "content": "Hi"}; options as in `stream`."""
-        return Session(self).stream(messages, **options)
+        """Answer messages such as {"role": "user", "content": "Hi"}; the rest as in `stream`.
+
+        date: for the system block of the formats that have one.
+        """
+        context, generation = split_options(options)
+        session = Session(self, context, is_single=True)
+        hooks = {"on_prefill": on_prefill, "on_forget": on_forget, "cancel": cancel}
+        return session.stream(messages, date=date, **hooks, **generation)
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> str:
         """Return the whole text that `stream` yields."""

@@ -6,6 +6,7 @@ are checked before MLX sees a file, and no template or code in it is run.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from mlx_llama.config import ModelConfig, config_from_hf
 from mlx_llama.errors import CheckpointError, TokenizerError, UnsupportedModelError
 from mlx_llama.kinds import KINDS, Decision, base_kind, decide_kind, kind_named
 from mlx_llama.llama import Llama, stop_ids
+from mlx_llama.options import LoadOptions
+from mlx_llama.rope import with_linear_scaling
 from mlx_llama.sampling import SamplingDefaults, sampling_defaults
 from mlx_llama.strict_json import load_json
 from mlx_llama.tensor_ref import TensorRef
@@ -66,6 +69,26 @@ class ModelDirectory:
         """Bytes of all tensors."""
         return sum(ref.nbytes for ref in self.tensors.values())
 
+    def config_with(self, options: LoadOptions) -> ModelConfig:
+        """Return the configuration that the options ask for."""
+        if options.rope_linear is None:
+            return self.config
+        return with_linear_scaling(self.config, options.rope_linear)
+
+    def dtype_with(self, options: LoadOptions) -> mx.Dtype:
+        """Return the dtype of activations that the options ask for, or that suits."""
+        return ops.compute_dtype(
+            self.stored_dtype, is_quantized=self.is_quantized, asked=options.dtype
+        )
+
+    def loaded_bytes(self, dtype: mx.Dtype) -> int:
+        """Bytes of the weights in memory, where dense tensors and scales have the dtype."""
+        return sum(
+            ref.nbytes if ref.dtype.startswith("uint") else math.prod(ref.shape) * dtype.size
+            for name, ref in self.tensors.items()
+            if not (self.config.tied and name.startswith("lm_head."))
+        )
+
     @property
     def is_quantized(self) -> bool:
         """Whether any matrix is packed."""
@@ -89,22 +112,22 @@ class ModelDirectory:
 
 
 def load(
-    path: str | Path,
+    path: str | Path | ModelDirectory,
     *,
     dtype: str | None = None,
+    rope_linear: float | None = None,
     on_block: Callable[[int, int], None] | None = None,
 ) -> Llama:
     """Load a model directory.
 
-    dtype: of activations and dense weights; None takes what suits weights and device.
-    on_block(done, total) is called after each layer. Raises CheckpointError, TokenizerError or
-    UnsupportedModelError, each with one line that says what to do.
+    dtype: of activations and dense weights; None takes what suits weights and device. rope_linear:
+    stretch the context of a model without RoPE scaling by this factor, at some cost of accuracy.
+    on_block(done, total) is called after each layer. Raises CheckpointError, TokenizerError,
+    UnsupportedModelError or OptionError, each with one line that says what to do.
     """
-    directory = open_model_directory(Path(path))
-    config = directory.config
-    chosen = ops.compute_dtype(
-        directory.stored_dtype, is_quantized=directory.is_quantized, asked=dtype
-    )
+    options = LoadOptions(dtype=dtype, rope_linear=rope_linear)
+    directory = path if isinstance(path, ModelDirectory) else open_model_directory(Path(path))
+    config, chosen = directory.config_with(options), directory.dtype_with(options)
     arrays: dict[str, mx.array] = {}
     for file in sorted({ref.path for ref in directory.tensors.values()}):
         arrays |= mx.load(str(file))  # pyright: ignore[reportArgumentType, reportOperatorIssue]

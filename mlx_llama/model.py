@@ -5,7 +5,8 @@ Takes its matrices ready made (`weights.py` builds them); knows no files, names 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -80,18 +81,32 @@ class LlamaModel:
 
         The last block works for the asked positions alone: its other outputs lead nowhere.
         """
+        return deque(self.by_halves(tokens, cache, positions=positions), maxlen=1).pop()
+
+    def by_halves(
+        self,
+        tokens: mx.array,
+        cache: Cache | None = None,
+        *,
+        positions: slice | mx.array | None = None,
+    ) -> Iterator[mx.array]:
+        """Yield the residual stream behind each attention and each feed-forward layer.
+
+        So a pass can be evaluated piece by piece, and given up on the way: the cache counts the
+        tokens when the iterator is exhausted; one that is left earlier leaves the cache as it was.
+        """
         cache = NoCache() if cache is None else cache
         n_tokens = tokens.shape[1]
-        cache.reserve(n_tokens)
-        mask = cache.mask(n_tokens)
+        cache.begin(n_tokens)
         h = self.tok_embeddings.rows(tokens)
         for layer, block in enumerate(self.blocks):
             asked = positions if layer == len(self.blocks) - 1 else None
-            out = self._attention(layer, block, h, cache, mask, asked)
+            out = self._attention(layer, block, h, cache, asked)
             h = (h if asked is None else h[:, asked]) + out
+            yield h
             h = h + self._feed_forward(block, h)
+            yield h
         cache.advance(n_tokens)
-        return h
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return the scores of the vocabulary, (..., V) float32, for hidden (..., dim)."""
@@ -104,7 +119,6 @@ class LlamaModel:
         block: Block,
         h: mx.array,
         cache: Cache,
-        mask: mx.array | str | None,
         positions: slice | mx.array | None,
     ) -> mx.array:
         batch, n_tokens, _ = h.shape
@@ -112,13 +126,12 @@ class LlamaModel:
         x = block.wqkv(ops.rms_norm(h, block.attention_norm, self.config.norm_eps))
         x = x.reshape(batch, n_tokens, n_heads + 2 * n_kv_heads, -1).transpose(0, 2, 1, 3)
         # q and k turn by the same angles, so one call turns both: (B, H + K, L, D).
-        turned = ops.rotate(x[:, : n_heads + n_kv_heads], self._periods, cache.offset)
-        k, v = cache.append(layer, turned[:, n_heads:], x[:, n_heads + n_kv_heads :])
+        turned = ops.rotate(x[:, : n_heads + n_kv_heads], self._periods, cache.position)
+        view = cache.append(layer, turned[:, n_heads:], x[:, n_heads + n_kv_heads :])
         q = turned[:, :n_heads]
         if positions is LAST:  # the newest query sees everything
             q, positions = q[:, :, LAST], None
-            mask = mask[..., LAST, :] if isinstance(mask, mx.array) else None
-        out = ops.attention(q, k, v, scale=self._scale, mask=mask).transpose(0, 2, 1, 3)
+        out = ops.attention(q, view, scale=self._scale).transpose(0, 2, 1, 3)
         out = out if positions is None else out[:, positions]
         return block.wo(out.reshape(batch, out.shape[1], -1))
 

@@ -1,13 +1,15 @@
 """The operations of a Llama, and the one place that knows which device runs them.
 
 Everything here is MLX's own; a faster kernel for one backend is chosen in this file and nowhere
-else. Knows nothing of files, tokens or caches.
+else. Knows nothing of files or tokens; of a cache it sees what attention reads.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_llama.attention import attend
+from mlx_llama.cache.view import Sees, View
 from mlx_llama.config import QuantFormat
 from mlx_llama.errors import OptionError
 
@@ -19,6 +21,14 @@ def backend() -> str:
     if mx.default_device() == mx.cpu:
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
+
+
+def working_set() -> int | None:
+    """Return the bytes that a GPU should hold at most, by its driver; None on a CPU."""
+    if backend() == "cpu":
+        return None
+    most = mx.device_info().get("max_recommended_working_set_size")
+    return int(most) if most else None
 
 
 def compute_dtype(stored: str, *, is_quantized: bool, asked: str | None) -> mx.Dtype:
@@ -81,10 +91,27 @@ def rotate(x: mx.array, periods: mx.array, offset: int) -> mx.array:
     )
 
 
-def attention(
-    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array | str | None
-) -> mx.array:
-    """Attend: q (B, H, L, D), k and v (B, K, S, D) -> (B, H, L, D); softmax in float32."""
+def attention(q: mx.array, view: View, *, scale: float) -> mx.array:
+    """Attend over a view: q (B, H, m, D), the newest m queries -> (B, H, m, D); float32 softmax.
+
+    Where a prompt meets packed rows, or a CPU, it evaluates: see `attention.attend`.
+    """
+    is_cpu = backend() == "cpu"
+    if view.is_plain and not is_cpu:
+        return _fused_attention(q, view, scale)
+    # A CPU's packed products are several times slower in half precision.
+    return attend(q, view, scale=scale, packed_dtype=mx.float32 if is_cpu else q.dtype)
+
+
+def _fused_attention(q: mx.array, view: View, scale: float) -> mx.array:
+    k, v = (
+        arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=2)
+        for arrays in ([part[which].arrays[0] for part in view.parts] for which in (0, 1))
+    )
+    if view.sight.is_causal:
+        mask = "causal" if q.shape[2] > 1 else None
+    else:
+        mask = None if isinstance(seen := view.mask(q.shape[2]), Sees) else seen
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
 

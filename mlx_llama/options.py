@@ -17,6 +17,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mlx_llama.errors import OptionError
 
+KV_BITS = (16, 8, 4, "16:8", "16:4", "8:16", "8:4", "4:16", "4:8")
 DTYPE_NAMES = ("bfloat16", "float16", "float32")
 DEFAULT_TEMPERATURE = 0.6  # Meta's reference code and the Llama 3 release
 DEFAULT_TOP_P = 0.9
@@ -40,13 +41,16 @@ def _option(
     low: float | None = None,
     high: float | None = None,
     choices: tuple[Any, ...] | None = None,
+    words: tuple[str, ...] = (),
     python_only: bool = False,
 ) -> Any:
+    """Describe an option. words: texts that it takes beside numbers."""
     metadata = {
         "help": help,
         "low": low,
         "high": high,
         "choices": choices,
+        "words": words,
         "python_only": python_only,
     }
     if isinstance(default, dict | list):
@@ -77,8 +81,10 @@ def _problem(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str | None:
     if not _is_of_type(value, hint):
         kinds = [_TYPE_NAMES[kind] for kind in _arms(hint) if kind is not NoneType]
         return f"found {repr(value)[:60]}, expected {' or '.join(kinds)}"
-    if value is None:
+    if value is None or value in metadata["words"]:
         return None
+    if metadata["words"] and isinstance(value, str):
+        return f"found {value!r}, expected a whole number or {' or '.join(metadata['words'])}"
     if choices is not None and value not in choices:
         return f"found {value!r}, expected one of {', '.join(map(str, choices))}"
     if low is None and high is None:
@@ -193,6 +199,79 @@ class GenerationOptions(SamplingOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions(_Checked):
+    """How a model directory is brought into memory."""
+
+    dtype: str | None = _option(
+        None,
+        "dtype of activations: bfloat16, float16 or float32 (default: what suits weights and "
+        "device)",
+        choices=DTYPE_NAMES,
+    )
+    rope_linear: float | None = _option(
+        None,
+        "stretch the context of a model without RoPE scaling by this factor: positions are divided "
+        "by it, and answers lose accuracy (default: off)",
+        low=1.0,
+        high=1024.0,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextOptions(_Checked):
+    """How many tokens a model sees at once, what happens beyond them, and how they are stored."""
+
+    context: int | str | None = _option(
+        None,
+        'tokens that prompt and answer may have together, or "max" for what the model was trained '
+        "for (default: the least of that, 8192 and what fits into memory)",
+        low=1,
+        words=("max",),
+    )
+    on_full: str = _option(
+        "stop",
+        "what a full context does: stop ends the answer, slide drops the oldest tokens behind the "
+        "kept ones and says so",
+        choices=("stop", "slide"),
+    )
+    keep: int | None = _option(
+        None,
+        "first tokens that slide never drops (default: the system prompt, at least 4)",
+        low=0,
+    )
+    kv_bits: int | str = _option(
+        16,
+        "bits per cached number: 16 (as computed), 8 or 4, or two of them, keys:values, such as "
+        "8:4",
+        choices=KV_BITS,
+    )
+    kv_start: int = _option(
+        0, "cache the first tokens as computed, and pack them all when there are so many", low=0
+    )
+    prefill_chunk: int | None = _option(
+        None,
+        "tokens of a prompt that are computed at once; fewer take less memory (default: what suits "
+        "the device)",
+        low=1,
+        high=1 << 20,
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what could not take effect."""
+        _Checked.__post_init__(self)
+        if self.keep is not None and self.on_full != "slide":
+            raise OptionError("--keep: does nothing without --on-full slide; leave one of them out")
+        if self.kv_start and self.kv_bits == 16:
+            raise OptionError("--kv-start: does nothing without --kv-bits 8 or 4; leave it out")
+
+    @property
+    def key_value_bits(self) -> tuple[int, int]:
+        """Bits of keys and of values."""
+        keys, _, values = str(self.kv_bits).partition(":")
+        return int(keys), int(values or keys)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertOptions(_Checked):
     """What a model directory shall hold."""
 
@@ -218,10 +297,27 @@ class ConvertOptions(_Checked):
 
 def generation_options(given: Mapping[str, Any]) -> GenerationOptions:
     """Check keywords by name; an unknown one is an OptionError that suggests the nearest."""
-    known = [spec.name for spec in fields(GenerationOptions)]
+    return GenerationOptions(**_known(given, GenerationOptions))
+
+
+def context_options(given: Mapping[str, Any]) -> ContextOptions:
+    """Do the same for what a session is made with."""
+    return ContextOptions(**_known(given, ContextOptions))
+
+
+def split_options(given: Mapping[str, Any]) -> tuple[ContextOptions, dict[str, Any]]:
+    """Return the context of a single answer, checked, and the keywords of `GenerationOptions`."""
+    _known(given, GenerationOptions, ContextOptions)
+    names = {spec.name for spec in fields(ContextOptions)}
+    context = ContextOptions(**{name: value for name, value in given.items() if name in names})
+    return context, {name: value for name, value in given.items() if name not in names}
+
+
+def _known(given: Mapping[str, Any], *options: type) -> Mapping[str, Any]:
+    known = [spec.name for kind in options for spec in fields(kind)]
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f": choose from {', '.join(known)}"
             raise OptionError(f"option {name!r} is unknown{hint}")
-    return GenerationOptions(**given)
+    return given

@@ -66,9 +66,7 @@ def scale_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarr
     return np.where(wavelengths < context / high, frequencies, slow)
 
 
-def angles_back(
-    periods: mx.array, positions: np.ndarray, delta: int
-) -> tuple[mx.array, mx.array]:
+def angles_back(periods: mx.array, positions: np.ndarray, delta: int) -> tuple[mx.array, mx.array]:
     """Return cos and sin, each (S, D/2) float32, that turn keys at positions (S,) by -delta.
 
     `mx.fast.rope` rounds position times frequency to float32, by up to 0.004 radians at 131071.

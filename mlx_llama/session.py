@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlx_llama.cache import KVCache
+from mlx_llama.context import Context, decide_context
 from mlx_llama.errors import OptionError
-from mlx_llama.generation import OnPrefill, Request, Step, generate
-from mlx_llama.options import GenerationOptions, generation_options
+from mlx_llama.generation import OnForget, OnPrefill, Request, Step, generate
+from mlx_llama.options import ContextOptions, GenerationOptions, generation_options
 from mlx_llama.prompts import Message, as_messages
 from mlx_llama.sampling import Sampler, bias_by_token
 
@@ -27,15 +28,18 @@ if TYPE_CHECKING:
 class _Turn:
     """One answer on its way. given: the messages it answers, None for a plain text.
 
-    steps: set when it has begun. taken: what it has yielded.
+    opening: how many first ids are the system's, and kept when the context slides. steps: set when
+    it has begun. taken: what it has yielded.
     """
 
     ids: list[int]
     options: GenerationOptions
     at_start: bool
     on_prefill: OnPrefill | None
+    on_forget: OnForget | None
     cancel: threading.Event | None
     given: list[Message] | None = None
+    opening: int = 0
     steps: Generator[Step] | None = None
     taken: list[Step] = field(default_factory=list)
 
@@ -43,15 +47,28 @@ class _Turn:
 class Session:
     """A conversation with one model; owns its cache. Not safe for two threads at once.
 
-    It has one answer at a time: beginning another ends the one before.
+    It has one answer at a time: beginning another ends the one before. context: how much it sees,
+    and what happens beyond. is_single: whether there will be one answer only, so that the context
+    need not be longer than that takes.
     """
 
-    def __init__(self, llama: Llama) -> None:
+    def __init__(self, llama: Llama, options: ContextOptions, *, is_single: bool = False) -> None:
         self._llama = llama
+        self._options = options
+        self._is_single = is_single
         self._turn: _Turn | None = None
         self.messages: list[Message] = []
         self.tokens: list[int] = []
-        self.cache = self._new_cache()
+        if not is_single:
+            self._decide(needed=None)
+
+    def _decide(self, *, needed: int | None) -> None:
+        """Choose the context and make its cache. needed: tokens of prompt and answer, if known."""
+        llama = self._llama
+        self.context: Context = decide_context(
+            self._options, llama.config, dtype=llama.dtype, needed=needed
+        )
+        self.cache: KVCache = self.context.new_cache(llama.config)
 
     def ask(self, text: str, **options: Any) -> Iterator[Step]:
         """Add a user's message and answer it; the options are those of `stream`."""
@@ -64,6 +81,7 @@ class Session:
         *,
         date: str | None = None,
         on_prefill: OnPrefill | None = None,
+        on_forget: OnForget | None = None,
         cancel: threading.Event | None = None,
         **options: Any,
     ) -> Iterator[Step]:
@@ -80,13 +98,17 @@ class Session:
         prompt = self._llama.prompt_format
         ids = self._llama.prompt_ids(prompt.encode(given, date=date))
         at_start = prompt.strips_leading_space
-        return self._steps(_Turn(ids, checked, at_start, on_prefill, cancel, given))
+        opening = self._opening(given, date)
+        return self._steps(
+            _Turn(ids, checked, at_start, on_prefill, on_forget, cancel, given, opening)
+        )
 
     def complete(
         self,
         prompt: str | Sequence[int],
         *,
         on_prefill: OnPrefill | None = None,
+        on_forget: OnForget | None = None,
         cancel: threading.Event | None = None,
         **options: Any,
     ) -> Iterator[Step]:
@@ -96,18 +118,23 @@ class Session:
         tokenizer = self._llama.tokenizer
         # A text's first space is the tokenizer's own; behind other text it is the answer's.
         at_start = not any(tokenizer.token_bytes(token) for token in ids)
-        return self._steps(_Turn(ids, checked, at_start, on_prefill, cancel))
+        return self._steps(_Turn(ids, checked, at_start, on_prefill, on_forget, cancel))
 
     def clear(self) -> None:
         """Forget everything: messages, tokens and cache."""
         self._supersede()
         self.messages.clear()
         self.tokens.clear()
-        self.cache = self._new_cache()
+        self.cache.clear()
 
-    def _new_cache(self) -> KVCache:
-        config = self._llama.config
-        return KVCache(config.n_layers, limit=config.max_context)
+    def _opening(self, messages: Sequence[Message], date: str | None) -> int:
+        """Return how many tokens stand before the first message's text: the system's part."""
+        if self._options.on_full != "slide":
+            return 0
+        system = [m for m in messages[:1] if m.role == "system"]
+        encode = self._llama.prompt_format.encode
+        texts = [encode([*system, Message("user", text)], date=date) for text in ("a", "b")]
+        return _shared(*texts)
 
     def _steps(self, turn: _Turn) -> Iterator[Step]:
         """Generate; afterwards `tokens` and `messages` are what was computed and said."""
@@ -117,8 +144,12 @@ class Session:
         if turn.given is not None:
             self.messages = turn.given
         try:
-            turn.steps = generate(self._llama.model, self.cache, self._request(turn))
-            self._reuse(turn.ids)
+            if self._is_single:
+                limit = turn.options.max_tokens
+                self._decide(needed=None if limit is None else len(turn.ids) + max(limit, 1))
+            request = self._request(turn)
+            self._reuse(turn.ids, self.context.kept(turn.opening))
+            turn.steps = generate(self._llama.model, self.cache, request)
             for step in turn.steps:
                 turn.taken.append(step)
                 yield step
@@ -167,17 +198,27 @@ class Session:
             sampler=sampler,
             detokenizer=llama.tokenizer.detokenizer(at_start=turn.at_start),
             stop_ids=llama.stop_ids,
-            context_limit=llama.config.max_context,
+            chunk=self.context.chunk,
             on_prefill=turn.on_prefill,
+            on_forget=turn.on_forget,
             cancel=turn.cancel,
         )
 
-    def _reuse(self, ids: Sequence[int]) -> None:
+    def _reuse(self, ids: Sequence[int], keep: int) -> None:
         """Trim the cache to what it shares with ids; the last id is always computed."""
-        shared = 0
-        for cached, wanted in zip(self.tokens, ids[:-1], strict=False):
-            if cached != wanted:
-                break
-            shared += 1
-        self.cache.trim(self.cache.offset - shared)
+        shared = _shared(self.tokens, ids[:-1])
+        cache = self.cache
+        if keep != cache.keep or cache.window.is_lost(shared):
+            # What was forgotten is computed anew, from where nothing is missing.
+            shared = min(shared, keep, cache.keep)
+        cache.trim(cache.offset - shared)
+        cache.keep_first(keep)
         del self.tokens[shared:]
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many first ids two texts have in common."""
+    for number, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return number
+    return min(len(one), len(other))

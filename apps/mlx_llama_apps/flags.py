@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 from cyclopts import Parameter, Token
 
 from mlx_llama.errors import OptionError
-from mlx_llama.options import ConvertOptions, GenerationOptions
+from mlx_llama.options import ContextOptions, ConvertOptions, GenerationOptions, LoadOptions
 
 
-def _flags_of(options: type, **types: Any) -> type:
-    """Make a dataclass of optional flags; `types` says how some are given on a command line."""
+def _flags_of(options: type, *, only: Sequence[str] = (), **types: Any) -> type:
+    """Make a dataclass of optional flags; `types` says how some are given on a command line.
+
+    only: the names to take, where not all of them mean something to a command.
+    """
     hints = get_type_hints(options)
     made: list[tuple[str, Any, Any]] = []
     for spec in fields(options):
-        if spec.metadata.get("python_only"):
+        if spec.metadata.get("python_only") or (only and spec.name not in only):
             continue
         kind = types.get(spec.name, hints[spec.name])
         is_whole = int in (kind, *get_args(kind))
@@ -31,7 +34,8 @@ def _flags_of(options: type, **types: Any) -> type:
             converter=_whole_number if is_whole else None,
         )
         made.append((spec.name, Annotated[kind | None, parameter], field(default=None)))
-    made_class = make_dataclass(f"{options.__name__}Flags", made, frozen=True)
+    name = f"{'Some' if only else ''}{options.__name__}Flags"
+    made_class = make_dataclass(name, made, frozen=True)
     made_class.__module__ = __name__  # cyclopts does not look into classes of the standard library
     return made_class
 
@@ -60,6 +64,15 @@ if TYPE_CHECKING:
     class ConvertFlags:
         """The fields of `ConvertOptions`, each None when it was not given."""
 
+    class ContextFlags:
+        """The fields of `ContextOptions`, each None when it was not given."""
+
+    class PlanFlags:
+        """Those of them that decide how much memory a model takes."""
+
+    class LoadFlags:
+        """The fields of `LoadOptions`, each None when it was not given."""
+
 else:
     GenerationFlags = Parameter(name="*")(
         _flags_of(
@@ -68,6 +81,12 @@ else:
         )
     )
     ConvertFlags = Parameter(name="*")(_flags_of(ConvertOptions))
+    CONTEXT_TYPES = {"context": str, "kv_bits": str}
+    ContextFlags = Parameter(name="*")(_flags_of(ContextOptions, **CONTEXT_TYPES))
+    PlanFlags = Parameter(name="*")(
+        _flags_of(ContextOptions, only=("context", "kv_bits", "prefill_chunk"), **CONTEXT_TYPES)
+    )
+    LoadFlags = Parameter(name="*")(_flags_of(LoadOptions))
 
 
 def given(flags: object) -> dict[str, Any]:
@@ -78,6 +97,9 @@ def given(flags: object) -> dict[str, Any]:
     found = {name: value for name, value in found.items() if value is not None}
     if "logit_bias" in found:
         found["logit_bias"] = _biases(found["logit_bias"])
+    for name in ("context", "kv_bits"):  # a number, or a word such as max or 8:4
+        if found.get(name, "").isdecimal():
+            found[name] = int(found[name])
     return found
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
+from mlx_llama.options import ContextOptions, LoadOptions
 from mlx_llama_apps.terminal import StatusLine
 
 if TYPE_CHECKING:
@@ -137,15 +138,36 @@ class Inference(Generic[S]):
             job.results.put(end)
 
 
-def model_loader(path: Path, dtype: str | None, status: StatusLine) -> Callable[[], Llama]:
-    """Return what loads a model on the inference thread, telling the layers done."""
+def model_loader(
+    path: Path,
+    load_options: LoadOptions,
+    context_options: ContextOptions,
+    status: StatusLine,
+    *,
+    needed: int | None = None,
+) -> Callable[[], Llama]:
+    """Return what loads a model on the inference thread, telling the layers done.
+
+    What will not fit into memory is refused before the first weight is read. needed: tokens that
+    prompt and answer take, where they are known.
+    """
 
     def load() -> Llama:
-        import mlx_llama
+        from mlx_llama.context import decide_context
+        from mlx_llama.loading import load, open_model_directory
 
         def on_block(done: int, total: int) -> None:
             status.show(f"loading {path.name}: layer {done} of {total}")
 
-        return mlx_llama.load(path, dtype=dtype, on_block=on_block)
+        directory = open_model_directory(path)
+        dtype = directory.dtype_with(load_options)
+        decide_context(
+            context_options,
+            directory.config_with(load_options),
+            dtype=dtype,
+            weights=directory.loaded_bytes(dtype),
+            needed=needed,
+        )
+        return load(directory, **asdict(load_options), on_block=on_block)
 
     return load

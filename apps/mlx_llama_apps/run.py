@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from mlx_llama.errors import OptionError
-from mlx_llama.options import GenerationOptions
+from mlx_llama.options import ContextOptions, GenerationOptions, LoadOptions
 from mlx_llama_apps import paths
-from mlx_llama_apps.flags import GenerationFlags, given
+from mlx_llama_apps.flags import ContextFlags, GenerationFlags, LoadFlags, given
 from mlx_llama_apps.inference import Inference, model_loader
+from mlx_llama_apps.notices import Forgotten, prefill_progress
 from mlx_llama_apps.terminal import StatusLine, read_stdin, write_text
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def run(
     date: str | None = None,
     as_json: Annotated[bool, Parameter(name="--json")] = False,
     flags: GenerationFlags | None = None,
-    dtype: str | None = None,
+    context_flags: ContextFlags | None = None,
+    load_flags: LoadFlags | None = None,
 ) -> None:
     """Answer one prompt on stdout.
 
@@ -50,24 +52,28 @@ def run(
         date for the system block of Llama 3.1 and later, such as "26 Jul 2024" (default: none)
     as_json
         print one JSON object: text, token ids, log-probabilities, finish reason, statistics
-    dtype
-        dtype of activations: bfloat16, float16 or float32 (default: what suits the device)
     """
-    wanted = given(flags)
-    GenerationOptions(**wanted)  # a wrong option is told before the model is loaded
+    # A wrong option is told before the model is loaded.
+    wanted, context = given(flags), given(context_flags)
+    most = GenerationOptions(**wanted).max_tokens
+    checked, load_options = ContextOptions(**context), LoadOptions(**given(load_flags))
     if raw and (system is not None or date is not None):
         raise OptionError("--system and --date: do nothing with --raw; leave one of them out")
     path = paths.resolve_model(model)
     text = read_stdin() if prompt in (None, "-") else prompt
-    with StatusLine() as status, Inference(model_loader(path, dtype, status)) as inference:
-        wanted["on_prefill"] = lambda done, total: status.show(
-            f"reading the prompt: {done} of {total} tokens"
-        )
-        steps = inference.stream(_asking(text, raw, system, date, wanted, as_json))
-        if as_json:
-            print(json.dumps(_as_object(steps), ensure_ascii=False))
-        else:
-            _print_text(steps, status)
+    forgotten = Forgotten()
+    with StatusLine() as status:
+        # The prompt is not counted yet: what it takes is checked when it is.
+        needed = None if most is None else most + 1
+        loader = model_loader(path, load_options, checked, status, needed=needed)
+        with Inference(loader) as inference, forgotten:
+            hooks = {"on_prefill": prefill_progress(status), "on_forget": forgotten.note}
+            asking = _asking(text, raw, system, date, {**wanted, **context, **hooks}, as_json)
+            steps = inference.stream(asking)
+            if as_json:
+                print(json.dumps(_as_object(steps), ensure_ascii=False))
+            else:
+                _print_text(steps, status)
 
 
 def _asking(

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from mlx_llama.options import ContextOptions, LoadOptions
 from mlx_llama_apps import paths
+from mlx_llama_apps.flags import LoadFlags, PlanFlags, given
 from mlx_llama_apps.terminal import size, visible
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from mlx_llama.config import ModelConfig
     from mlx_llama.loading import ModelDirectory
 
 
@@ -24,6 +30,8 @@ def show(
     /,
     *,
     as_json: Annotated[bool, Parameter(name="--json")] = False,
+    plan_flags: PlanFlags | None = None,
+    load_flags: LoadFlags | None = None,
 ) -> None:
     """Say what a model directory holds and how it will run.
 
@@ -36,7 +44,8 @@ def show(
     """
     from mlx_llama.loading import open_model_directory
 
-    facts = model_facts(open_model_directory(paths.resolve_model(model)))
+    options = ContextOptions(**given(plan_flags)), LoadOptions(**given(load_flags))
+    facts = model_facts(open_model_directory(paths.resolve_model(model)), *options)
     if as_json:
         print(visible(json.dumps(facts, ensure_ascii=False, indent=2)))
         return
@@ -45,16 +54,16 @@ def show(
         print(f"{name:<14}{visible(value.translate(LINE_ENDS))}")
 
 
-def model_facts(directory: ModelDirectory) -> dict[str, Any]:
+def model_facts(
+    directory: ModelDirectory, context_options: ContextOptions, load_options: LoadOptions
+) -> dict[str, Any]:
     """Collect what `show` prints, as JSON holds it; sizes in bytes."""
     from mlx_llama import ops
     from mlx_llama.kinds import kind_named
 
-    config, scaling = directory.config, directory.config.rope_scaling
-    formats = directory.format_counts
-    dtype = ops.compute_dtype(
-        directory.stored_dtype, is_quantized=directory.is_quantized, asked=None
-    )
+    config = directory.config_with(load_options)
+    scaling, formats = config.rope_scaling, directory.format_counts
+    dtype = directory.dtype_with(load_options)
     return {
         "path": str(directory.path),
         "kind": {
@@ -76,16 +85,38 @@ def model_facts(directory: ModelDirectory) -> dict[str, Any]:
             "theta": config.rope_theta,
             "type": "default" if scaling is None else scaling.rope_type,
             "factor": None if scaling is None else scaling.factor,
-            "reason": None if scaling is None else directory.own.get("rope_factor_reason"),
+            "reason": None
+            if scaling is None
+            else "--rope-linear"
+            if load_options.rope_linear
+            else directory.own.get("rope_factor_reason"),
         },
         "matrices": formats,
         "bits_per_weight": round(8 * directory.weight_bytes / config.parameter_count, 4),
         "weight_bytes": directory.weight_bytes,
         "kv_bytes_per_token": config.kv_bytes_per_token(dtype.size),
+        "memory": _memory_facts(directory, context_options, config, dtype),
         "tokenizer": directory.tokenizer.family,
         "source_files": _source_files(directory.path),
         "backend": ops.backend(),
         "dtype": str(dtype).removeprefix("mlx.core."),
+    }
+
+
+def _memory_facts(
+    directory: ModelDirectory, options: ContextOptions, config: ModelConfig, dtype: mx.Dtype
+) -> dict[str, Any]:
+    """Say what running the model takes, and which contexts would fit."""
+    from mlx_llama.context import plan_context
+
+    context = plan_context(options, config, dtype=dtype, weights=directory.loaded_bytes(dtype))
+    return {
+        **asdict(context.plan),
+        "total": context.plan.total,
+        "fits": context.plan.fits,
+        "context_reason": context.reason,
+        "kv_bits": str(context.bits),
+        "largest_contexts": context.demand.largest_contexts(context.plan.found),
     }
 
 
@@ -128,11 +159,30 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             f"{size(facts['weight_bytes'])}, {facts['bits_per_weight']:.2f} bits per weight",
         ),
         ("runs on", f"{facts['backend']}, {facts['dtype']}"),
+        *_memory_rows(facts["memory"]),
     ]
     for file in facts["source_files"]:
         digest = f"sha256 {str(file.get('sha256', ''))[:16]}…"
         rows.append(("made of", f"{file.get('name')}, {_file_size(file)}, {digest}"))
     return rows
+
+
+def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
+    found = memory["found"]
+    free = "" if found is None else f" of {size(found)} free"
+    doubt = "" if memory["is_proven"] else " (unproven on this device)"
+    misfit = "" if memory["fits"] else ": does not fit"
+    most = ", ".join(f"{n} at {bits} bits" for bits, n in memory["largest_contexts"].items())
+    return [
+        (
+            "memory",
+            f"{size(memory['total'])}{free} at context {memory['context']} "
+            f"({memory['context_reason']}){doubt}{misfit}: weights {size(memory['weights'])}, "
+            f"cache {size(memory['cache'])} ({memory['kv_bits']} bits), workspace "
+            f"{size(memory['workspace'])}",
+        ),
+        ("fits", f"contexts up to {most}"),
+    ]
 
 
 def _file_size(file: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import mlx.core as mx
 
 from mlx_llama.config import QuantFormat
 from mlx_llama.errors import OutputError
+from mlx_llama.memory import available_memory
 from mlx_llama_quantize.packing import BLOCK_BYTES
 
 PROGRAM_BYTES = 200_000_000  # Python, MLX and a tokenizer
@@ -86,35 +86,3 @@ def _seconds_per_weight(form: QuantFormat | None) -> float:
         packed = mx.quantize(sample, group_size=form.group_size, bits=form.bits, stream=mx.cpu)
         mx.eval(packed)
     return (perf_counter() - started) / sample.size
-
-
-def available_memory() -> int | None:
-    """Return the bytes that a program can still take, the cgroup's limit respected."""
-    found = [size for size in (_linux_available(), _cgroup_left()) if size is not None]
-    if found:
-        return min(found)
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError):
-        return None
-
-
-def _linux_available() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _cgroup_left() -> int | None:
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
-        used = (folder / "memory.current").read_text(encoding="ascii").strip()
-        return int(limit) - int(used)
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        return None

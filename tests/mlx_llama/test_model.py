@@ -234,7 +234,7 @@ def test_joined_projections_give_what_separate_ones_give(name: str) -> None:
 
 def test_cached_decode_equals_full_forward(model: LlamaModel) -> None:
     full = model(tokens())
-    cache = KVCache(model.config.n_layers)
+    cache = KVCache(model.config, capacity=model.config.max_context)
     rows = [model(tokens()[:, :5], cache)]
     for position in range(5, TINY.n_tokens):
         assert cache.offset == position
@@ -247,7 +247,7 @@ def test_cached_decode_equals_full_forward(model: LlamaModel) -> None:
 @pytest.mark.parametrize("sizes", [(48,), (1, 47), (47, 1), (16, 16, 16), (7, 30, 11)])
 def test_chunks_of_any_size_give_one_shots_logits(model: LlamaModel, sizes: tuple[int]) -> None:
     full = model(tokens())
-    cache = KVCache(model.config.n_layers, capacity=16)
+    cache = KVCache(model.config, capacity=model.config.max_context)
     rows, start = [], 0
     for size in sizes:
         rows.append(model(tokens()[:, start : start + size], cache))

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from mlx_llama.errors import MlxLlamaError
-from mlx_llama.options import GenerationOptions
+from mlx_llama.options import ContextOptions, GenerationOptions, LoadOptions
 from mlx_llama_apps import paths
 from mlx_llama_apps.chat.commands import parse
 from mlx_llama_apps.chat.talk import Talk, make_talk
-from mlx_llama_apps.flags import GenerationFlags, given
+from mlx_llama_apps.flags import ContextFlags, GenerationFlags, LoadFlags, given
 from mlx_llama_apps.inference import Inference, model_loader
-from mlx_llama_apps.terminal import StatusLine
+from mlx_llama_apps.notices import prefill_progress
+from mlx_llama_apps.terminal import StatusLine, size
 
 if TYPE_CHECKING:
-    from mlx_llama import Llama, Step
+    from mlx_llama import Step
     from mlx_llama_apps.chat.screen import Screen
 
 
@@ -29,7 +30,8 @@ def chat(
     system: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     date: str | None = None,
     flags: GenerationFlags | None = None,
-    dtype: str | None = None,
+    context_flags: ContextFlags | None = None,
+    load_flags: LoadFlags | None = None,
 ) -> None:
     """Talk to a model. /help shows the commands, Ctrl-C stops an answer, Ctrl-D leaves.
 
@@ -41,20 +43,20 @@ def chat(
         the system prompt
     date
         date for the system block of Llama 3.1 and later, such as "26 Jul 2024" (default: none)
-    dtype
-        dtype of activations: bfloat16, float16 or float32 (default: what suits the device)
     """
     from mlx_llama_apps.chat.screen import Screen
 
-    options = given(flags)
-    GenerationOptions(**options)  # a wrong option is told before the model is loaded
+    # A wrong option is told before the model is loaded.
+    options, context = given(flags), given(context_flags)
+    GenerationOptions(**options)
+    checked, load_options = ContextOptions(**context), LoadOptions(**given(load_flags))
     path = paths.resolve_model(model)
     screen = Screen()
     status = StatusLine()
-    load = model_loader(path, dtype, status)
+    load = model_loader(path, load_options, checked, status)
 
     def begin() -> Talk:
-        return make_talk(load(), system=system, date=date, options=options)
+        return make_talk(load(), system=system, date=date, options=options, context=context)
 
     with status, Inference(begin) as inference:
         status.close()
@@ -72,7 +74,7 @@ class _Conversation:
     def run(self) -> None:
         """Converse until the user leaves or the input ends."""
         if self._screen.is_interactive:
-            self.say(self._inference.call(lambda talk: _greeting(talk.llama)))
+            self.say(self._inference.call(lambda talk: _greeting(talk)))
         while not self._is_leaving:
             try:
                 line = self._screen.read()
@@ -127,11 +129,9 @@ class _Conversation:
     def _answer(self, message: str) -> None:
         reason, stats = None, None
         with StatusLine() as status:
+            on_prefill = prefill_progress(status)
 
             def ask(talk: Talk, cancel: threading.Event) -> Iterator[Step]:
-                def on_prefill(done: int, total: int) -> None:
-                    status.show(f"reading the prompt: {done} of {total} tokens")
-
                 return talk.answer(message, on_prefill=on_prefill, cancel=cancel)
 
             try:
@@ -146,8 +146,11 @@ class _Conversation:
         self._screen.end_answer(reason, stats)
 
 
-def _greeting(llama: Llama) -> str:
-    config = llama.config
+def _greeting(talk: Talk) -> str:
+    llama, context = talk.llama, talk.session.context
     how = "continues your text" if llama.kind.is_base else "/help shows the commands"
     base = " (base model)" if llama.kind.is_base else ""
-    return f"{llama.path.name}: {llama.kind.name}{base}, context {config.max_context}; {how}"
+    return (
+        f"{llama.path.name}: {llama.kind.name}{base}, context {context.capacity} "
+        f"({context.reason}), up to {size(context.plan.total)} beside the weights; {how}"
+    )

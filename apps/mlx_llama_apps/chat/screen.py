@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 REASONS = {
     "length": "ended after --max-tokens",
-    "context": "the context is full; /clear begins anew",
+    "context": "the context is full; /clear begins anew, --on-full slide would go on",
     "cancelled": "stopped",
     "stop": "ended at a stop text",
 }
@@ -66,6 +66,8 @@ class Screen:
             parts = [REASONS[reason]] if reason in REASONS else []
             if stats is not None:
                 parts += _stats_parts(stats)
+                if stats.forgotten_tokens:
+                    parts.append(f"{stats.forgotten_tokens} oldest tokens dropped")
             if parts:
                 self.say(" · ".join(parts))
 

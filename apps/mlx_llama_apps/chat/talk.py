@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mlx_llama.errors import OptionError
 
 if TYPE_CHECKING:
-    from mlx_llama import Llama, Step
+    from mlx_llama import Llama, Session, Step
 
 OnPrefill = Callable[[int, int], None]
 
@@ -18,6 +18,7 @@ class Talk(Protocol):
     """What the chat needs of a conversation."""
 
     llama: Llama
+    session: Session
 
     def answer(
         self, text: str, *, on_prefill: OnPrefill, cancel: threading.Event
@@ -34,7 +35,13 @@ class MessageTalk:
     """Messages in the model's chat format."""
 
     def __init__(
-        self, llama: Llama, *, system: str | None, date: str | None, options: dict[str, Any]
+        self,
+        llama: Llama,
+        *,
+        system: str | None,
+        date: str | None,
+        options: dict[str, Any],
+        context: dict[str, Any],
     ) -> None:
         from mlx_llama import Message
 
@@ -42,7 +49,7 @@ class MessageTalk:
         self._date = date
         self._options = options
         self._opening = [] if system is None else [Message("system", system)]
-        self._session = llama.session()
+        self.session = llama.session(**context)
         # Tried now, so that what cannot work is refused before the first question.
         llama.prompt_format.encode([*self._opening, Message("user", "")], date=date)
         self.clear()
@@ -51,23 +58,23 @@ class MessageTalk:
         self, text: str, *, on_prefill: OnPrefill, cancel: threading.Event
     ) -> Iterator[Step]:
         """Ask the session, which prefills the new turn alone."""
-        return self._session.ask(
+        return self.session.ask(
             text, date=self._date, on_prefill=on_prefill, cancel=cancel, **self._options
         )
 
     def clear(self) -> None:
         """Forget the conversation; the system prompt stays."""
-        self._session.clear()
-        self._session.messages = list(self._opening)
+        self.session.clear()
+        self.session.messages = list(self._opening)
 
 
 class TextTalk:
     """A base model: one growing text, which the model continues where the user stops."""
 
-    def __init__(self, llama: Llama, *, options: dict[str, Any]) -> None:
+    def __init__(self, llama: Llama, *, options: dict[str, Any], context: dict[str, Any]) -> None:
         self.llama = llama
         self._options = options
-        self._session = llama.session()
+        self.session = llama.session(**context)
         self._ids: list[int] = []
 
     def answer(
@@ -76,7 +83,7 @@ class TextTalk:
         """Append the text and continue it; an error leaves everything as it was."""
         ids = self._ids + self._encode(text, is_first=not self._ids)
         answer, shown = list[int](), ""
-        steps = self._session.complete(ids, on_prefill=on_prefill, cancel=cancel, **self._options)
+        steps = self.session.complete(ids, on_prefill=on_prefill, cancel=cancel, **self._options)
         for step in steps:
             if step.token_id is not None:
                 answer.append(step.token_id)
@@ -102,21 +109,26 @@ class TextTalk:
     def clear(self) -> None:
         """Begin a new text."""
         self._ids.clear()
-        self._session.clear()
+        self.session.clear()
 
 
 def make_talk(
-    llama: Llama, *, system: str | None, date: str | None, options: dict[str, Any]
+    llama: Llama,
+    *,
+    system: str | None,
+    date: str | None,
+    options: dict[str, Any],
+    context: dict[str, Any],
 ) -> Talk:
     """Begin the conversation that suits the model's kind."""
     from mlx_llama.sampling import bias_by_token
 
     bias_by_token(options.get("logit_bias", {}), llama.tokenizer)
     if not llama.kind.is_base:
-        return MessageTalk(llama, system=system, date=date, options=options)
+        return MessageTalk(llama, system=system, date=date, options=options, context=context)
     if system is not None or date is not None:
         raise OptionError(
             f"--system and --date: {llama.path.name} is a base model ({llama.kind.name}), which "
             "has no chat format"
         )
-    return TextTalk(llama, options=options)
+    return TextTalk(llama, options=options, context=context)

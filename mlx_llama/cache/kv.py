@@ -1,0 +1,313 @@
+"""The caches themselves: what a model needs of one, the one that keeps nothing, and the real one.
+
+A cache is owned by the caller, not by attention. A pass of the model calls `begin` once, `append`
+once a layer and `advance` once at the end; a pass that is given up before `advance` never was.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_llama.cache.rows import KVBits, Layer, Stored, group_size
+from mlx_llama.cache.view import Sight, View
+from mlx_llama.cache.window import Window
+from mlx_llama.config import ModelConfig
+from mlx_llama.rope import angles_back, rope_periods, turn_back
+
+UNPACKED = KVBits()
+STEP = 256  # tokens; buffers grow and shrink by multiples of it
+TURN_ROWS = 2048  # keys that are turned back at once, in float32
+SLACK = 4  # a buffer that is this many times too long is given back
+
+
+class Cache(Protocol):
+    """What a model needs of a cache."""
+
+    @property
+    def position(self) -> int:
+        """RoPE position of the next token."""
+        ...
+
+    def begin(self, n_tokens: int) -> None:
+        """Prepare for a pass of new tokens."""
+        ...
+
+    def append(self, layer: int, k: mx.array, v: mx.array) -> View:
+        """Store k, v (B, K, L, D) of one layer; return what their queries may see."""
+        ...
+
+    def advance(self, n_tokens: int) -> None:
+        """Count the tokens that every layer has stored."""
+        ...
+
+
+class NoCache:
+    """One pass over a whole sequence: nothing is kept."""
+
+    position = 0
+
+    def __init__(self) -> None:
+        self._sight = Sight(0, 0)
+
+    def begin(self, n_tokens: int) -> None:
+        """Note the length."""
+        self._sight = Sight(0, n_tokens)
+
+    def append(self, layer: int, k: mx.array, v: mx.array) -> View:
+        """Show k and v as they are."""
+        del layer
+        return View(((Stored((k,)), Stored((v,))),), self._sight)
+
+    def advance(self, n_tokens: int) -> None:
+        """Do nothing."""
+
+
+class KVCache:
+    """Keys and values of a text: how it grows, how it forgets and how it is stored are choices.
+
+    capacity: positions that attention may see, the newest included. slides: a full cache forgets
+    the oldest tokens behind the first `keep`, and turns positions back before they leave the range
+    that the model was trained for; otherwise it takes no more. bits: of stored keys and values;
+    from packed_from tokens on, plain before.
+
+    Buffers grow in place: `reserve` makes room for what is to come, so that nothing is copied;
+    beyond it they double. Raises OptionError for choices that cannot work.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        capacity: int,
+        keep: int = 0,
+        slides: bool = False,
+        bits: KVBits = UNPACKED,
+        packed_from: int = 0,
+    ) -> None:
+        self.window = Window(capacity, keep, config.max_context, slides)
+        self.bits = bits
+        self.packed_from = packed_from
+        if not bits.is_plain:
+            group_size(config.head_dim)
+        self._config = config
+        self._layers = [Layer() for _ in range(config.n_layers)]
+        self._is_packed = packed_from == 0 or bits.is_plain
+        self._rows = 0  # length of the buffers, for those that exist and those to come
+        self._pending: dict[int, tuple[Stored, Stored]] = {}  # a pass's rows, kept until it is over
+        self._sight = Sight(0, 0)
+        self._is_straight = True  # whether the pass's rows simply follow those before it
+
+    # --- what it holds ---------------------------------------------------------------------------
+
+    @property
+    def offset(self) -> int:
+        """Tokens counted, forgotten ones included."""
+        return self.window.offset
+
+    @property
+    def position(self) -> int:
+        """RoPE position of the next token."""
+        return self.window.position
+
+    @property
+    def forgotten(self) -> int:
+        """Tokens counted that are held no more."""
+        return self.window.forgotten
+
+    @property
+    def held(self) -> int:
+        """Tokens held."""
+        return self.offset - self.forgotten
+
+    @property
+    def capacity(self) -> int:
+        """Positions that attention may see, the newest included."""
+        return self.window.capacity
+
+    @property
+    def keep(self) -> int:
+        """First tokens, which are never forgotten."""
+        return self.window.keep
+
+    @property
+    def slides(self) -> bool:
+        """Whether a full cache forgets the oldest tokens; otherwise it takes no more."""
+        return self.window.slides
+
+    @property
+    def rows(self) -> int:
+        """Tokens that fit into each layer's buffers as they are."""
+        return self._rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, in use or not."""
+        return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The buffers, for `mx.eval`."""
+        pending = [a for pair in self._pending.values() for part in pair for a in part.arrays]
+        return [array for layer in self._layers for array in layer.arrays] + pending
+
+    # --- a pass ----------------------------------------------------------------------------------
+
+    @property
+    def pass_limit(self) -> int:
+        """Tokens that the next pass may have at most.
+
+        The caller splits a text there, so that what depends on the count of tokens (turning back,
+        packing) happens at the same token whatever the slices. 0: full.
+        """
+        until_packed = self.packed_from - self.offset
+        room = self.window.room
+        return room if self._is_packed or until_packed <= 0 else min(room, until_packed)
+
+    def reserve(self, n_tokens: int) -> None:
+        """Make room for so many more tokens, as far as the capacity goes."""
+        self._rows = max(self._rows, self._rounded(self.offset + n_tokens))
+
+    def begin(self, n_tokens: int) -> None:
+        """Prepare for a pass: turn positions back, pack and grow where it is due.
+
+        Raises ContextOverflowError for a full cache, ValueError for a pass beyond `pass_limit`.
+        """
+        self._pending.clear()
+        self.window.check(n_tokens)
+        if n_tokens > self.pass_limit:
+            raise ValueError(f"a pass of {n_tokens} tokens, at most {self.pass_limit} may come")
+        if self.window.must_turn:
+            self._turn_back()
+        if not self._is_packed and self.offset >= self.packed_from:
+            self._pack()
+        needed = min(self.offset + n_tokens, self.capacity)
+        if needed > self._rows:
+            self._rows = self._rounded(max(needed, 2 * self._rows))
+        self._is_straight = self.window.is_straight and self.offset + n_tokens <= self.capacity
+        self._sight = self._sight_of(n_tokens)
+
+    def append(self, layer: int, k: mx.array, v: mx.array) -> View:
+        """Store k, v (B, K, L, D) of one layer; return what their queries may see."""
+        window, rows, n_tokens = self.window, self._layers[layer], k.shape[2]
+        new = self._stored(k, v)
+        if self._is_straight or n_tokens == 1:
+            # One token takes the row of the one that it no longer sees.
+            rows.write(window.row(window.offset), *new, n_rows=self._rows)
+            assert rows.keys is not None and rows.values is not None
+            stop = window.offset + n_tokens if self._is_straight else self.capacity
+            return View(((rows.keys.rows(0, stop), rows.values.rows(0, stop)),), self._sight)
+        # What the first queries of the pass still see must not be overwritten by its last tokens.
+        new = self._pending[layer] = (new[0].owned(), new[1].owned())
+        held = window.offset if window.is_straight else self.capacity
+        if rows.keys is None or rows.values is None or held == 0:
+            return View((new,), self._sight)
+        return View(((rows.keys.rows(0, held), rows.values.rows(0, held)), new), self._sight)
+
+    def advance(self, n_tokens: int) -> None:
+        """Count the tokens that every layer has stored."""
+        start = self.offset
+        for layer, (keys, values) in self._pending.items():
+            for token, row, count in self.window.runs(start, start + n_tokens):
+                part = slice(token - start, token - start + count)
+                self._layers[layer].write(
+                    row,
+                    keys.rows(part.start, part.stop),
+                    values.rows(part.start, part.stop),
+                    n_rows=self._rows,
+                )
+        self._pending.clear()
+        self.window.advance(n_tokens)
+
+    def _stored(self, k: mx.array, v: mx.array) -> tuple[Stored, Stored]:
+        bits = self.bits if self._is_packed else UNPACKED
+        return Stored.of(k, bits.keys), Stored.of(v, bits.values)
+
+    def _sight_of(self, n_tokens: int) -> Sight:
+        """Say what the queries of a pass of n_tokens see of the rows that `append` shows."""
+        window, start = self.window, self.offset
+        if self._is_straight:
+            return Sight(start, n_tokens)
+        if n_tokens == 1 and start + 1 - window.first >= window.span:
+            return Sight(start, 1)  # a full ring: everything is seen
+        held = np.arange(start) if window.is_straight else window.tokens_of_rows()
+        if n_tokens > 1:
+            own = np.arange(start, start + n_tokens)
+            return Sight(start, n_tokens, np.concatenate([held, own]), window)
+        held[window.row(start)] = start
+        return Sight(start, 1, held, window)
+
+    # --- forgetting ------------------------------------------------------------------------------
+
+    def trim(self, n_tokens: int) -> None:
+        """Forget the newest tokens; `forgotten` tells what else is missing. ValueError beyond."""
+        self.window.trim(n_tokens)
+        self._pending.clear()
+        if self.window.is_straight and self._rows > SLACK * max(self.offset, STEP):
+            self._rows = self._rounded(self.offset)
+            for layer in self._layers:
+                layer.shrink(self._rows)
+            mx.eval(self.arrays)
+            mx.clear_cache()
+
+    def keep_first(self, n_tokens: int) -> None:
+        """Choose anew how many first tokens are kept; what has been forgotten leaves no choice.
+
+        Raises ValueError when tokens have been forgotten.
+        """
+        if n_tokens != self.keep:
+            if not self.window.is_straight:
+                raise ValueError("what is kept cannot be chosen after tokens were forgotten")
+            self.window = replace(self.window, keep=n_tokens)
+
+    def clear(self) -> None:
+        """Forget everything and give the memory back."""
+        self.window.trim(self.offset)
+        self._pending.clear()
+        self._layers = [Layer() for _ in self._layers]
+        self._is_packed = self.packed_from == 0 or self.bits.is_plain
+        self._rows = 0
+        mx.clear_cache()
+
+    def fork(self) -> KVCache:
+        """Return a cache with the same contents; what either side writes to is copied then."""
+        other = copy.copy(self)
+        other.window = copy.copy(self.window)
+        other._layers = [layer.fork() for layer in self._layers]
+        other._pending = {}
+        return other
+
+    def _turn_back(self) -> None:
+        """Turn the keys behind the kept ones back; a few at a time, for their memory's sake."""
+        positions = np.maximum(self.window.tokens_of_rows() - self.window.shift, 0)
+        delta = self.window.turn()
+        periods = rope_periods(self._config)
+        for start in range(self.keep, self.capacity, TURN_ROWS):
+            stop = min(start + TURN_ROWS, self.capacity)
+            angles = angles_back(periods, positions[start:stop], delta)
+            for layer in self._layers:
+                assert layer.keys is not None  # a cache that must turn is full
+                some = layer.keys.rows(start, stop)
+                turned = turn_back(some.dense(_dtype_of(some)), *angles)
+                layer.keys.write(start, Stored.of(turned, some.bits))
+                del some, turned
+                mx.eval(layer.arrays)
+
+    def _pack(self) -> None:
+        """Pack what was stored plain; one layer at a time."""
+        self._is_packed = True
+        for layer in self._layers:
+            layer.pack(self.bits)
+            mx.eval(layer.arrays)
+
+    def _rounded(self, n_tokens: int) -> int:
+        return min(-(-max(n_tokens, 1) // STEP) * STEP, self.capacity)
+
+
+def _dtype_of(rows: Stored) -> mx.Dtype:
+    """Return the dtype of the numbers that were stored; scales have it too."""
+    return rows.arrays[-1].dtype

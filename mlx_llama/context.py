@@ -1,0 +1,129 @@
+"""Which context a conversation gets: the options, the model and the machine decided together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_llama import ops
+from mlx_llama.cache import KVBits, KVCache
+from mlx_llama.config import ModelConfig
+from mlx_llama.errors import OptionError
+from mlx_llama.memory import Demand, MemoryPlan, memory_found, require_memory
+from mlx_llama.options import ContextOptions
+
+DEFAULT_CONTEXT = 8192  # what every Llama 3 reads well, and 1 GB of cache for an 8B
+LEAST_KEPT = 4  # attention sinks: arXiv 2309.17453, table 2
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """`ContextOptions` with every choice made. reason: why the capacity is what it is.
+
+    demand and plan: what the whole context takes of the machine.
+    """
+
+    capacity: int
+    slides: bool
+    keep: int | None  # None: what the conversation's beginning asks for
+    bits: KVBits
+    packed_from: int
+    chunk: int
+    reason: str
+    demand: Demand
+    plan: MemoryPlan
+
+    def new_cache(self, config: ModelConfig) -> KVCache:
+        """Make an empty cache."""
+        return KVCache(
+            config,
+            capacity=self.capacity,
+            keep=self.keep or 0,
+            slides=self.slides,
+            bits=self.bits,
+            packed_from=self.packed_from,
+        )
+
+    def kept(self, opening: int) -> int:
+        """Return how many first tokens are kept of a text whose system part has so many.
+
+        Raises OptionError when they leave no room to slide in.
+        """
+        if not self.slides:
+            return 0
+        keep = max(LEAST_KEPT, opening) if self.keep is None else self.keep
+        if keep > self.capacity - 2:
+            what = "the system prompt and what frames it" if self.keep is None else "--keep"
+            raise OptionError(
+                f"--on-full slide: {what} keeps {keep} tokens, the context holds {self.capacity}; "
+                "raise --context or give a smaller --keep"
+            )
+        return keep
+
+
+def decide_context(
+    options: ContextOptions,
+    config: ModelConfig,
+    *,
+    dtype: mx.Dtype,
+    weights: int = 0,
+    needed: int | None = None,
+) -> Context:
+    """Do what `plan_context` does, and refuse a plan that the machine has not the memory for.
+
+    Raises: OptionError for a context that the model has not, MemoryShortError for one that does not
+    fit.
+    """
+    context = plan_context(options, config, dtype=dtype, weights=weights, needed=needed)
+    require_memory(context.demand, context.plan)
+    return context
+
+
+def plan_context(
+    options: ContextOptions,
+    config: ModelConfig,
+    *,
+    dtype: mx.Dtype,
+    weights: int = 0,
+    needed: int | None = None,
+) -> Context:
+    """Choose what the options leave open.
+
+    weights: bytes still to be loaded. needed: tokens that an answer can take at most, where that is
+    known; a longer context is not planned for.
+    """
+    bits = KVBits(*options.key_value_bits)
+    chunk = options.prefill_chunk or ops.prefill_chunk()
+    capacity, reason = _capacity(options, config)
+    slides = options.on_full == "slide"
+    if options.kv_start >= capacity:
+        raise OptionError(
+            f"--kv-start {options.kv_start}: the context holds {capacity} tokens, so nothing would "
+            "ever be packed; lower it or leave it out"
+        )
+    if needed is not None and needed <= capacity:
+        capacity, reason, slides = needed, "prompt and --max-tokens", False
+    demand, found = Demand(config, weights, bits, dtype, chunk), memory_found()
+    if options.context is None and 0 < (most := demand.largest_context(found)) < capacity:
+        capacity, reason = most, "what fits into memory"
+    plan = demand.at(capacity, found)
+    return Context(
+        capacity, slides, options.keep, bits, options.kv_start, chunk, reason, demand, plan
+    )
+
+
+def _capacity(options: ContextOptions, config: ModelConfig) -> tuple[int, str]:
+    """Return what is asked for, before the machine has its say, and why."""
+    most = config.max_context
+    if options.context == "max":
+        return most, "--context max"
+    if options.context is None:
+        return min(most, DEFAULT_CONTEXT), "default" if most > DEFAULT_CONTEXT else "the model's"
+    asked = int(options.context)
+    if asked > most:
+        raise OptionError(
+            f"--context {asked}: the model was trained for {most} positions; ask for at most so "
+            "many, or stretch a model without RoPE scaling with --rope-linear"
+        )
+    return asked, "--context"

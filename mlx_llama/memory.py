@@ -1,0 +1,200 @@
+"""What a model needs of the machine at a context, and what the machine has. Bytes everywhere.
+
+One function predicts what `mx.get_peak_memory()` will say: weights, the cache at the whole context,
+and the largest working set of a pass. Checked on the CPU; on Metal nobody has checked it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_llama import ops
+from mlx_llama.attention import tile_rows
+from mlx_llama.cache.rows import GROUPS, PLAIN, KVBits, row_bytes
+from mlx_llama.config import ModelConfig
+from mlx_llama.errors import MemoryShortError
+
+FLOAT32 = 4
+CHOICES = (KVBits(16, 16), KVBits(8, 8), KVBits(4, 4))
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What decides how much memory a model takes, but for the length of its context.
+
+    weights: bytes still to be loaded. bits: of the cache. dtype: of activations. chunk: tokens of a
+    prompt that are computed at once.
+    """
+
+    config: ModelConfig
+    weights: int
+    bits: KVBits
+    dtype: mx.Dtype
+    chunk: int
+
+    def at(self, context: int, found: int | None) -> MemoryPlan:
+        """Predict the peak of filling a context; found: the memory that is free."""
+        return MemoryPlan(
+            context=context,
+            weights=self.weights,
+            cache=context * cache_bytes_per_token(self.config, self.bits, self.dtype),
+            workspace=workspace_bytes(self, context),
+            found=found,
+            is_proven=ops.backend() == "cpu",
+        )
+
+    def largest_context(self, found: int | None) -> int:
+        """Return the longest context that fits, up to the model's own; 0 where none does."""
+        low, high = 0, self.config.max_context
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.at(middle, found).fits else (low, middle - 1)
+        return low
+
+    def largest_contexts(self, found: int | None) -> dict[str, int]:
+        """Return the longest context that fits at 16, 8 and 4 bits, by `--kv-bits`."""
+        return {
+            str(bits): replace(self, bits=bits).largest_context(found)
+            for bits in CHOICES
+            if bits.is_plain or self.config.head_dim % GROUPS[-1] == 0
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What a model takes at a context of so many tokens; found: what is free, None if unknown.
+
+    is_proven: whether the prediction was checked on this kind of device.
+    """
+
+    context: int
+    weights: int
+    cache: int
+    workspace: int
+    found: int | None
+    is_proven: bool
+
+    @property
+    def total(self) -> int:
+        """Bytes needed in all."""
+        return self.weights + self.cache + self.workspace
+
+    @property
+    def fits(self) -> bool:
+        """Whether the machine has so much, as far as it tells."""
+        return self.found is None or self.total <= self.found
+
+
+def require_memory(demand: Demand, plan: MemoryPlan) -> None:
+    """Raise MemoryShortError, with the contexts that would fit, when a plan does not."""
+    found = plan.found
+    if plan.fits or found is None:
+        return
+    parts = [("weights", plan.weights), ("cache", plan.cache), ("workspace", plan.workspace)]
+    listed = ", ".join(f"{name} {value / 1e9:.2f} GB" for name, value in parts if value)
+    most = demand.largest_contexts(found)
+    hint = "end another program, or take a smaller model or fewer bits"
+    if any(most.values()):
+        hint = "--context can be at most " + ", ".join(
+            f"{n} with --kv-bits {bits}" for bits, n in most.items()
+        )
+    raise MemoryShortError(
+        f"--context {plan.context}: {plan.total / 1e9:.2f} GB needed ({listed}), "
+        f"{found / 1e9:.2f} GB of memory free: {hint}"
+    )
+
+
+def cache_bytes_per_token(config: ModelConfig, bits: KVBits, dtype: mx.Dtype) -> int:
+    """Return what one token takes in all layers."""
+    row = sum(row_bytes(config.head_dim, each, dtype.size) for each in (bits.keys, bits.values))
+    return config.n_layers * config.n_kv_heads * row
+
+
+def workspace_bytes(demand: Demand, context: int) -> int:
+    """Return the largest working set of a pass: what half a block has alive at once on a CPU.
+
+    The factors count arrays of `model` and `attention`; they were measured, in float32 and
+    bfloat16, on shapes from 5M parameters to an 8B's.
+    """
+    config, dtype = demand.config, demand.dtype
+    chunk = min(demand.chunk, context)
+    return max(
+        _feed_forward_bytes(config, dtype, chunk),
+        _prompt_attention_bytes(config, context, demand.bits, dtype, chunk),
+        _token_attention_bytes(config, context, demand.bits, dtype),
+    )
+
+
+def _feed_forward_bytes(config: ModelConfig, dtype: mx.Dtype, chunk: int) -> int:
+    copies = 3 if dtype == mx.float32 else 4
+    return copies * chunk * dtype.size * (config.hidden_dim + config.dim)
+
+
+def _prompt_attention_bytes(
+    config: ModelConfig, context: int, bits: KVBits, dtype: mx.Dtype, chunk: int
+) -> int:
+    heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    rows = tile_rows(config.n_heads, chunk)
+    is_tiled = context > rows
+    rows = min(rows, context)
+    # In half precision the scores stand beside their float32 copies.
+    halves = 3 * FLOAT32 if is_tiled else 3 * dtype.size
+    per_score = 2 * FLOAT32 if dtype == mx.float32 else halves
+    scores = config.n_heads * chunk * rows * per_score
+    projected = 2 * chunk * (heads + 2 * kv_heads) * dtype.size
+    out = chunk * heads * (8 * FLOAT32 if is_tiled else 3 * dtype.size)
+    tile = 0 if bits.is_plain else 2 * rows * kv_heads * (FLOAT32 + dtype.size)
+    return scores + projected + out + tile
+
+
+def _token_attention_bytes(config: ModelConfig, context: int, bits: KVBits, dtype: mx.Dtype) -> int:
+    scores = config.n_heads * context * (FLOAT32 if dtype == mx.float32 else 2 * FLOAT32)
+    # Packed products want rows without gaps and, on a CPU, float32 scales: copies of one layer.
+    copies = sum(
+        context * config.n_kv_heads * row_bytes(config.head_dim, each, FLOAT32)
+        for each in (bits.keys, bits.values)
+        if each != PLAIN
+    )
+    return scores + copies
+
+
+def memory_found() -> int | None:
+    """Return the bytes that MLX can still take: of the GPU's working set, or of free memory."""
+    most = ops.working_set()
+    return available_memory() if most is None else most - mx.get_active_memory()
+
+
+def available_memory() -> int | None:
+    """Return the bytes that a program can still take, the cgroup's limit respected."""
+    found = [size for size in (_linux_available(), _cgroup_left()) if size is not None]
+    if found:
+        return min(found)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return None
+
+
+def _linux_available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _cgroup_left() -> int | None:
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = (folder / "memory.current").read_text(encoding="ascii").strip()
+        return int(limit) - int(used)
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return None
