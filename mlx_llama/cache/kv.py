@@ -190,6 +190,8 @@ class KVCache:
             self._rows = self._rounded(max(needed, 2 * self._rows))
         self._is_straight = self.window.is_straight and self.offset + n_tokens <= self.capacity
         self._sight = self._sight_of(n_tokens)
+        if n_tokens == 1 and not self._is_straight:
+            self.window.overwrite()
 
     def append(self, layer: int, k: mx.array, v: mx.array) -> View:
         """Store k, v (B, K, L, D) of one layer; return what their queries may see."""

@@ -113,6 +113,10 @@ class Window:
         self.offset += n_tokens
         self.first = max(self.first, self.offset - self.span)
 
+    def overwrite(self) -> None:
+        """Forget the token whose row the next one takes, if the ring is full."""
+        self.first = max(self.first, self.offset + 1 - self.span)
+
     def trim(self, n_tokens: int) -> None:
         """Forget the newest tokens; ones that were forgotten before do not come back."""
         if not 0 <= n_tokens <= self.offset:
@@ -157,8 +161,8 @@ class Window:
         newest = self.offset - 1
         ring = newest - (newest - rows) % self.span  # the newest token that falls on each row
         tokens = np.where(rows < self.keep, rows, ring)
-        held = (tokens < min(self.keep, self.offset)) | (tokens >= self.first)
-        return np.where(held & (tokens >= 0), tokens, -1)
+        held = np.where(rows < self.keep, rows < self.offset, tokens >= self.first)
+        return np.where(held, tokens, -1)
 
     def visible(self, queries: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Return which tokens (S,) each query token (m,) sees, (m, S) bool; -1 is seen by none."""

@@ -88,7 +88,7 @@ def terminal(home: Path, chat_model: Path) -> Iterator[Terminal]:
 
 
 def test_conversation_commands_and_leaving(terminal: Terminal) -> None:
-    terminal.expect("llama3.1-instruct, context 131072")
+    terminal.expect("llama3.1-instruct, context 8192")
     terminal.expect(PROMPT)
     first = terminal.ask("hello")
     assert "12 answer tokens" in first
@@ -188,7 +188,7 @@ def test_base_text_goes_on_where_it_was_typed(base_model: Path) -> None:
     from mlx_llama_apps.chat.talk import TextTalk
 
     llama = mlx_llama.load(base_model)
-    talk = TextTalk(llama, options={"max_tokens": 0})
+    talk = TextTalk(llama, options={"max_tokens": 0}, context={})
     for text in ("hel", "lo"):
         list(talk.answer(text, on_prefill=lambda *_: None, cancel=threading.Event()))
     assert llama.tokenizer.decode(talk._ids) == "hello"

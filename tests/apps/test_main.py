@@ -71,7 +71,7 @@ USAGE = [
     (["run", "BASE", "hi", "--system", "x"], "is a base model"),
     (["run", "CHAT", "hi", "--logit-bias", "x"], "expected TEXT=NUMBER"),
     (["run", "CHAT", "hi", "--logit-bias", "hellohello=1"], "no single token"),
-    (["run", "CHAT", "hi", "--dtype", "int8"], "expected one of float32, bfloat16, float16"),
+    (["run", "CHAT", "hi", "--dtype", "int8"], "expected one of bfloat16, float16, float32"),
     (["run", "CHAT", "hi", "--stop", ""], "--stop: an empty text"),
     (["convert", "META", "--bits", "3.5"], "found '3.5', expected a whole number"),
     (["run", "CHAT", "hi", "--max-tokens", "2.7"], "found '2.7', expected a whole number"),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_llama.cache import STEP, KVCache, NoCache
-from mlx_llama.config import config_from_hf
+from mlx_llama.cache import KVBits, KVCache, NoCache
+from mlx_llama.cache.kv import STEP
+from mlx_llama.cache.view import Sees, View
+from mlx_llama.config import ModelConfig, config_from_hf
+from mlx_llama.errors import OptionError
 from mlx_llama.model import LlamaModel
 from mlx_llama.weights import build_model
 from model_folders import TINY, arrays_of
@@ -25,11 +30,27 @@ def keys(n_tokens: int, *, start: int = 0, dtype: mx.Dtype = mx.float32) -> mx.a
     return mx.broadcast_to(positions[None, None, :, None], (1, 2, n_tokens, 4)) + 0
 
 
+def config_of(n_layers: int = 2, **changes: Any) -> ModelConfig:
+    _, raw = random_model(TINY)
+    config = config_from_hf(raw, kind="llama2", is_tied=None)
+    return replace(config, n_layers=n_layers, **changes)
+
+
+def cache_of(n_layers: int = 2, capacity: int = 100_000, **options: Any) -> KVCache:
+    return KVCache(config_of(n_layers), capacity=capacity, **options)
+
+
+def rows_of(view: View) -> tuple[mx.array, mx.array]:
+    """Return the keys and values that a view shows."""
+    parts = [(k.dense(k.arrays[0].dtype), v.dense(v.arrays[0].dtype)) for k, v in view.parts]
+    return tuple(mx.concatenate(each, axis=2) for each in zip(*parts, strict=True))  # pyright: ignore
+
+
 def append(cache: KVCache, n_tokens: int, n_layers: int = 2) -> list[tuple[mx.array, mx.array]]:
     """Do what one forward pass does."""
-    cache.reserve(n_tokens)
+    cache.begin(n_tokens)
     new = keys(n_tokens, start=cache.offset)
-    seen = [cache.append(layer, new + 1000 * layer, -new) for layer in range(n_layers)]
+    seen = [rows_of(cache.append(layer, new + 1000 * layer, -new)) for layer in range(n_layers)]
     cache.advance(n_tokens)
     mx.eval(seen, cache.arrays)
     return seen
@@ -43,7 +64,7 @@ def addresses(cache: KVCache) -> list[int]:
 
 @pytest.mark.parametrize("sizes", [(1,), (5, 1, 1), (300,), (200, 100, 300, 1), (1, 600)])
 def test_append_returns_every_token_in_order(sizes: Sequence[int]) -> None:
-    cache = KVCache(2)
+    cache = cache_of()
     for size in sizes:
         seen = append(cache, size)
         expected = keys(cache.offset)
@@ -53,58 +74,45 @@ def test_append_returns_every_token_in_order(sizes: Sequence[int]) -> None:
     assert cache.offset == sum(sizes)
 
 
-def test_capacity_doubles_when_it_is_too_small() -> None:
-    cache = KVCache(1)
-    assert cache.capacity == STEP
-    found = []
+def test_buffers_double_when_they_are_too_small() -> None:
+    cache, found = cache_of(1), []
     for _ in range(1100):
-        cache.reserve(1)
+        cache.begin(1)
         cache.append(0, keys(1), keys(1))
         cache.advance(1)
-        found.append(cache.capacity)
+        found.append(cache.rows)
     assert sorted(set(found)) == [STEP, 2 * STEP, 4 * STEP, 8 * STEP]
     assert found.index(2 * STEP) == STEP  # the first token that did not fit
 
 
-def test_a_jump_beyond_twice_the_capacity_is_reserved_at_once() -> None:
-    cache = KVCache(1)
-    append(cache, 10, n_layers=1)
-    cache.reserve(5000)
-    assert cache.capacity == 20 * STEP
-    assert all(a.shape[2] == 20 * STEP for a in cache.arrays)
-
-
 @pytest.mark.parametrize(
-    ("asked", "limit", "expected"),
-    [(1, None, 256), (256, None, 256), (257, None, 512), (0, None, 256), (9000, 300, 512),
-     (10, 300, 256)],
-)  # fmt: skip
-def test_capacity_is_rounded_to_steps_within_the_limit(
-    asked: int, limit: int | None, expected: int
+    ("asked", "capacity", "expected"), [(1, 1000, 256), (257, 1000, 512), (9000, 300, 300)]
+)
+def test_reserving_makes_buffers_in_steps_within_the_capacity(
+    asked: int, capacity: int, expected: int
 ) -> None:
-    assert KVCache(1, capacity=asked, limit=limit).capacity == expected
+    cache = cache_of(1, capacity)
+    cache.reserve(asked)
+    assert cache.rows == expected
+    append(cache, 10, n_layers=1)
+    assert all(a.shape[2] == expected for a in cache.arrays)
 
 
-def test_doubling_ends_at_the_limit() -> None:
-    cache = KVCache(1, capacity=600, limit=1000)
-    assert cache.capacity == 768
-    append(cache, 700, n_layers=1)
-    cache.reserve(200)
-    assert cache.capacity == 1024
-
-
-def test_growth_keeps_dtype_and_contents_and_frees_nothing_seen() -> None:
-    cache = KVCache(1)
+def test_growth_keeps_dtype_and_contents() -> None:
+    cache = cache_of(1)
+    cache.begin(200)
     cache.append(0, keys(200, dtype=mx.bfloat16), keys(200, dtype=mx.bfloat16))
     cache.advance(200)
-    cache.reserve(100)
-    k, _ = cache.append(0, keys(100, start=200, dtype=mx.bfloat16), keys(100, dtype=mx.bfloat16))
+    cache.begin(100)
+    new = keys(100, start=200, dtype=mx.bfloat16)
+    k, _ = rows_of(cache.append(0, new, keys(100, dtype=mx.bfloat16)))
     assert k.dtype == mx.bfloat16 and k.shape[2] == 300
     assert mx.array_equal(k, keys(300, dtype=mx.bfloat16)).item()
 
 
 def test_tokens_are_written_in_place_within_the_capacity() -> None:
-    cache = KVCache(2, capacity=1000)
+    cache = cache_of()
+    cache.reserve(1000)
     append(cache, 3)
     before = addresses(cache)
     for _ in range(50):
@@ -116,7 +124,8 @@ def test_tokens_are_written_in_place_within_the_capacity() -> None:
 
 def test_decoding_allocates_no_second_buffer() -> None:
     """A copy of one layer's keys would show as 16 MiB on top."""
-    cache = KVCache(4, capacity=65536)
+    cache = cache_of(4, 65536)
+    cache.reserve(65536)
     append(cache, 3, n_layers=4)
     mx.eval(cache.arrays)
     assert cache.nbytes == 4 * 2 * 2 * 65536 * 4 * 4
@@ -130,7 +139,9 @@ def test_decoding_allocates_no_second_buffer() -> None:
 
 
 def test_a_models_decoding_writes_in_place() -> None:
-    model, cache = tiny_model(), KVCache(TINY.n_layers, capacity=1000)
+    model = tiny_model()
+    cache = KVCache(model.config, capacity=1000)
+    cache.reserve(1000)
     mx.eval(model(mx.array(TINY.ids)[None], cache))
     before = addresses(cache)
     for token in TINY.ids[:20]:
@@ -139,23 +150,21 @@ def test_a_models_decoding_writes_in_place() -> None:
 
 
 def test_trimmed_tokens_are_forgotten_and_their_room_is_kept() -> None:
-    cache = KVCache(2)
+    cache = cache_of()
     append(cache, 300)
     before = addresses(cache)
     cache.trim(250)
-    assert (cache.offset, cache.capacity) == (50, 512)
+    assert (cache.offset, cache.rows) == (50, 512)
     k, v = append(cache, 10)[0]
     assert mx.array_equal(k, keys(60)).item() and mx.array_equal(v, -keys(60)).item()
-    del k, v
     assert addresses(cache) == before
-    cache.trim(0)
     cache.trim(60)
     assert cache.offset == 0
 
 
 @pytest.mark.parametrize("n_tokens", [-1, 6, 10**9])
 def test_trim_refuses_what_is_not_cached(n_tokens: int) -> None:
-    cache = KVCache(2)
+    cache = cache_of()
     append(cache, 5)
     with pytest.raises(ValueError, match="cannot trim"):
         cache.trim(n_tokens)
@@ -173,7 +182,7 @@ def test_a_trimmed_cache_continues_as_a_fresh_one(first: int, dropped: int) -> N
     model = tiny_model()
     ids = np.random.RandomState(3).randint(0, 256, 400).tolist()
     kept, other = ids[: first - dropped], ids[first:]
-    cache = KVCache(TINY.n_layers)
+    cache = KVCache(model.config, capacity=2000)
     model(mx.array(ids[:first])[None], cache)
     cache.trim(dropped)
     found = model(mx.array(other)[None], cache)[0]
@@ -185,24 +194,54 @@ def test_a_trimmed_cache_continues_as_a_fresh_one(first: int, dropped: int) -> N
 def test_growth_in_the_middle_of_a_text_changes_nothing() -> None:
     model = tiny_model()
     ids = mx.array(np.random.RandomState(4).randint(0, 256, 300))[None]
-    grown, ample = KVCache(TINY.n_layers), KVCache(TINY.n_layers, capacity=2000)
+    grown, ample = (KVCache(model.config, capacity=2000) for _ in range(2))
+    ample.reserve(2000)
     for start in range(0, 300, 50):
         chunk = ids[:, start : start + 50]
         assert mx.array_equal(model(chunk, grown), model(chunk, ample)).item()
-    assert grown.capacity == 512
+    assert grown.rows == 512 and ample.rows == 2000
 
 
 def test_no_cache_keeps_nothing() -> None:
     cache = NoCache()
-    cache.reserve(5)
-    k, v = cache.append(0, keys(5), -keys(5))
+    cache.begin(5)
+    view = cache.append(0, keys(5), -keys(5))
     cache.advance(5)
-    cache.trim(3)
+    k, v = rows_of(view)
     assert mx.array_equal(k, keys(5)).item() and mx.array_equal(v, -keys(5)).item()
-    assert cache.offset == 0 and cache.arrays == []
+    assert cache.position == 0
 
 
-@pytest.mark.parametrize("cache", [NoCache(), KVCache(1)])
-def test_one_query_needs_no_mask(cache: NoCache | KVCache) -> None:
-    assert cache.mask(1) is None
-    assert cache.mask(2) == "causal"
+def test_a_query_that_sees_everything_needs_no_mask() -> None:
+    cache = cache_of(1, 8, keep=2, slides=True)
+    for n_tokens in (5, 1):  # before the ring is full
+        cache.begin(n_tokens)
+        view = cache.append(0, keys(n_tokens), keys(n_tokens))
+        assert view.mask(1) is Sees.ALL and view.sight.is_causal
+        cache.advance(n_tokens)
+    for _ in range(20):  # and after
+        cache.begin(1)
+        assert cache.append(0, keys(1), keys(1)).mask(1) is Sees.ALL
+        cache.advance(1)
+
+
+def test_heads_that_cannot_be_packed_are_refused_by_name() -> None:
+    with pytest.raises(OptionError, match="heads of 24 numbers"):
+        KVCache(config_of(head_dim=24), capacity=10, bits=KVBits(8, 8))
+
+
+def test_endless_generation_turns_back_and_takes_no_more_memory() -> None:
+    """20,000 tokens in a trained range of 1024: the position never leaves it."""
+    cache = KVCache(config_of(1, max_context=1024, head_dim=4), capacity=200, keep=4, slides=True)
+    new, turns, sizes = keys(1), 0, set[int]()
+    for _ in range(20_000):
+        before = cache.position
+        cache.begin(1)
+        turns += cache.position < before
+        cache.append(0, new, new)
+        assert cache.position < 1024
+        cache.advance(1)
+        mx.eval(cache.arrays)
+        sizes.add(cache.nbytes)
+    assert turns >= 20 and max(sizes) == 200 * 2 * 2 * 4 * 4
+    assert (cache.offset, cache.held) == (20_000, 200)

@@ -209,7 +209,7 @@ def test_dtype_is_what_was_asked_for(asked: str | None, expected: mx.Dtype, tmp_
 
 
 def test_an_unknown_dtype_is_answered_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(MlxLlamaError, match="expected one of float32, bfloat16, float16"):
+    with pytest.raises(MlxLlamaError, match="expected one of bfloat16, float16, float32"):
         mlx_llama.load(write_hf(tmp_path / "model"), dtype="float8")
 
 

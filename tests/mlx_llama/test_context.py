@@ -1,0 +1,188 @@
+"""What a full context does, what it is chosen to be, and what it takes of the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_llama
+from mlx_llama import Llama, Message, context, memory
+from mlx_llama.cache import KVBits, KVCache
+from mlx_llama.config import ModelConfig
+from mlx_llama.errors import ContextOverflowError, MemoryShortError, OptionError
+from mlx_llama.generation import Request, generate
+from mlx_llama.memory import Demand
+from mlx_llama.options import ContextOptions, GenerationOptions
+from mlx_llama.weights import build_model, hf_module, tensor_shapes
+
+PEAK_TOLERANCE = 0.05  # of the predicted peak, as promised
+
+
+@pytest.fixture(scope="module")
+def llama(chat_model: Path) -> Llama:
+    return mlx_llama.load(chat_model)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A machine whose free memory the test sets."""
+    free = [10**12]
+    monkeypatch.setattr(context, "memory_found", lambda: free[0])
+    return free
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, 8192), ({"context": "max"}, 131072), ({"context": 100}, 100)],
+)
+def test_default_context_is_8192_and_what_is_asked_is_given(
+    llama: Llama, machine: list[int], options: dict[str, Any], expected: int
+) -> None:
+    assert llama.session(**options).cache.capacity == expected
+
+
+def test_default_context_shrinks_to_what_fits(llama: Llama, machine: list[int]) -> None:
+    machine[0] = 3_000_000
+    chosen = llama.session().context
+    assert 0 < chosen.capacity < 8192 and chosen.reason == "what fits into memory"
+    assert chosen.plan.total <= 3_000_000
+    assert chosen.demand.at(chosen.capacity + 1, machine[0]).total > 3_000_000
+
+
+def test_context_that_does_not_fit_is_refused_with_those_that_would(
+    llama: Llama, machine: list[int]
+) -> None:
+    machine[0] = 3_000_000
+    with pytest.raises(MemoryShortError, match=r"at most \d+ with --kv-bits 16"):
+        llama.session(context="max")
+    machine[0] = 10
+    with pytest.raises(MemoryShortError, match="smaller model"):
+        llama.session(context=131072)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"context": 200_000}, "trained for 131072"),
+        ({"context": "most"}, "a whole number or max"),
+        ({"context": 0}, "at least 1"),
+        ({"keep": 5}, "without --on-full slide"),
+        ({"kv_start": 5}, "without --kv-bits"),
+        ({"kv_bits": 5}, "16, 8, 4"),
+        ({"context": 10, "kv_bits": 8, "kv_start": 10}, "nothing would ever be packed"),
+    ],
+)
+def test_settings_that_cannot_take_effect_are_refused(
+    llama: Llama, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(OptionError, match=said):
+        llama.session(**options)
+
+
+def test_full_context_stops_an_answer(llama: Llama) -> None:
+    steps = list(llama.stream("hello", context=40, ignore_eos=True, temperature=0))
+    assert steps[-1].finish_reason == "context"
+    assert steps[-1].stats is not None and steps[-1].stats.context_limit == 40
+
+
+def test_prompt_that_does_not_fit_is_refused_with_both_numbers(llama: Llama) -> None:
+    with pytest.raises(ContextOverflowError, match="has 50 tokens, the context holds 20"):
+        llama.generate([1] * 50, context=20)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_slide_goes_on_and_tells_what_it_dropped(llama: Llama, chunk: int) -> None:
+    ids = np.random.RandomState(0).randint(0, 200, 50).tolist()
+    told: list[int] = []
+    steps = list(
+        llama.stream(
+            ids, context=32, on_full="slide", max_tokens=30, ignore_eos=True, temperature=0,
+            prefill_chunk=chunk, on_forget=told.append,
+        )
+    )  # fmt: skip
+    assert steps[-1].finish_reason == "length" and steps[-1].stats is not None
+    assert len([s for s in steps if s.token_id is not None]) == 30
+    assert told == sorted(told) and told[-1] == steps[-1].stats.forgotten_tokens
+    assert steps[-1].stats.forgotten_tokens in (50 + 29 - 32, 50 + 30 - 32)
+
+
+def test_slide_keeps_the_system_prompt(llama: Llama) -> None:
+    session = llama.session(context=64, on_full="slide")
+    session.messages = [Message("system", "in the thing")]
+    for text in ("hello", "the thing", "in the end"):
+        list(session.ask(text, max_tokens=30, ignore_eos=True, temperature=0))
+    system = llama.tokenizer.encode("in the thing")
+    kept = session.tokens[: session.cache.keep]
+    assert ",".join(map(str, system)) in ",".join(map(str, kept))
+    assert session.cache.forgotten > 0 and session.cache.held <= 64
+    with pytest.raises(OptionError, match="the system prompt"):
+        list(llama.session(context=6, on_full="slide").ask("hello", max_tokens=30))
+
+
+def test_a_changed_history_is_computed_anew_where_it_was_forgotten(llama: Llama) -> None:
+    session = llama.session(context=64, on_full="slide")
+    for text in ("hello", "the thing", "in"):
+        list(session.ask(text, max_tokens=40, ignore_eos=True, temperature=0))
+    again = [Message("user", "hello"), Message("assistant", "no"), Message("user", "the end")]
+    other = llama.session(context=64, on_full="slide")
+    found, expected = (
+        [s.token_id for s in each.stream(again, max_tokens=5, ignore_eos=True, temperature=0)]
+        for each in (session, other)
+    )
+    assert found == expected
+
+
+@pytest.mark.parametrize("bits", [KVBits(), KVBits(8, 8), KVBits(8, 4)])
+@pytest.mark.parametrize("n_tokens", [512, 1536])
+def test_predicted_peak_is_the_real_one(bits: KVBits, n_tokens: int) -> None:
+    """On a model of 4 million parameters; the larger ones of the benchmark are nearer."""
+    config = medium_config()
+    arrays = {
+        f"{hf_module(name)}.weight": mx.random.normal(shape) * 0.02
+        for name, shape in tensor_shapes(config).items()
+    }
+    model = build_model(config, arrays, dtype=mx.float32)
+    weights = sum(array.nbytes for array in model.arrays())
+    mx.clear_cache()
+    others = mx.get_active_memory() - weights  # what other tests hold
+    cache = KVCache(config, capacity=n_tokens, bits=bits)
+    request = Request(
+        ids=np.random.RandomState(1).randint(0, 200, n_tokens - 4).tolist(),
+        options=GenerationOptions(max_tokens=4),
+        sampler=lambda logits: mx.argmax(logits, keepdims=True),  # pyright: ignore
+        detokenizer=NoText(),  # pyright: ignore
+        stop_ids=frozenset(),
+        chunk=128,
+    )
+    assert len(list(generate(model, cache, request))) == 4
+    predicted = Demand(config, weights, bits, mx.float32, 128).at(n_tokens, None).total
+    found = mx.get_peak_memory() - others
+    assert abs(predicted / found - 1) < PEAK_TOLERANCE, (predicted, found)
+
+
+class NoText:
+    """A detokenizer of tokens that mean nothing."""
+
+    def add(self, token_id: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+def medium_config() -> ModelConfig:
+    return ModelConfig(
+        dim=256, n_layers=4, n_heads=8, n_kv_heads=4, head_dim=32, hidden_dim=768, vocab_size=2048,
+        norm_eps=1e-5, rope_theta=1e4, max_context=4096, tied=True, kind="llama2",
+    )  # fmt: skip
+
+
+def test_memory_is_found_here() -> None:
+    found = memory.memory_found()
+    assert found is None or found > 10**8
+    assert ContextOptions(kv_bits="8:4").key_value_bits == (8, 4)
