@@ -12,7 +12,7 @@ from typing import Self
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from cache_oracle import CacheOracle
@@ -379,6 +379,7 @@ def checked(max_examples: int) -> settings:
         max_examples=max_examples,
         deadline=None,
         derandomize=True,
+        phases=[Phase.generate, Phase.shrink],  # explaining a failure takes minutes
         suppress_health_check=[HealthCheck.too_slow],
     )
 
