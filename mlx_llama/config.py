@@ -142,10 +142,6 @@ class ModelConfig:
         """Return how the tensor of a Hugging Face module is packed when it has scales."""
         return self.overrides.get(module, self.quantization)
 
-    def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Return the bytes that one token takes in an unquantized cache."""
-        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * itemsize
-
     @property
     def parameter_count(self) -> int:
         """Number of weights, a tied output counted once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import mlx.core as mx
 
@@ -39,11 +40,16 @@ class Context:
         return KVCache(
             config,
             capacity=self.capacity,
-            keep=self.keep or 0,
+            keep=0,  # chosen when the conversation's beginning is known: `kept`
             slides=self.slides,
             bits=self.bits,
             packed_from=self.packed_from,
         )
+
+    def require_memory(self) -> Self:
+        """Return itself; MemoryShortError, with the contexts that would fit, when it does not."""
+        require_memory(self.demand, self.plan)
+        return self
 
     def kept(self, opening: int) -> int:
         """Return how many first tokens are kept of a text whose system part has so many.
@@ -62,24 +68,6 @@ class Context:
         return keep
 
 
-def decide_context(
-    options: ContextOptions,
-    config: ModelConfig,
-    *,
-    dtype: mx.Dtype,
-    weights: int = 0,
-    needed: int | None = None,
-) -> Context:
-    """Do what `plan_context` does, and refuse a plan that the machine has not the memory for.
-
-    Raises: OptionError for a context that the model has not, MemoryShortError for one that does not
-    fit.
-    """
-    context = plan_context(options, config, dtype=dtype, weights=weights, needed=needed)
-    require_memory(context.demand, context.plan)
-    return context
-
-
 def plan_context(
     options: ContextOptions,
     config: ModelConfig,
@@ -91,7 +79,8 @@ def plan_context(
     """Choose what the options leave open.
 
     weights: bytes still to be loaded. needed: tokens that an answer can take at most, where that is
-    known; a longer context is not planned for.
+    known; a longer context is not planned for. Whether the plan fits is not decided here: see
+    `Context.require_memory`. Raises OptionError for a context that the model has not.
     """
     bits = KVBits(*options.key_value_bits)
     chunk = options.prefill_chunk or ops.prefill_chunk()
@@ -108,9 +97,12 @@ def plan_context(
     if options.context is None and 0 < (most := demand.largest_context(found)) < capacity:
         capacity, reason = most, "what fits into memory"
     plan = demand.at(capacity, found)
-    return Context(
+    context = Context(
         capacity, slides, options.keep, bits, options.kv_start, chunk, reason, demand, plan
     )
+    if options.keep is not None:
+        context.kept(0)  # what cannot be kept is told now, not with the first question
+    return context
 
 
 def _capacity(options: ContextOptions, config: ModelConfig) -> tuple[int, str]:

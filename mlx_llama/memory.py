@@ -109,7 +109,7 @@ def require_memory(demand: Demand, plan: MemoryPlan) -> None:
 
 
 def cache_bytes_per_token(config: ModelConfig, bits: KVBits, dtype: mx.Dtype) -> int:
-    """Return what one token takes in all layers."""
+    """Return what one token takes in all layers, plain or packed."""
     row = sum(row_bytes(config.head_dim, each, dtype.size) for each in (bits.keys, bits.values))
     return config.n_layers * config.n_kv_heads * row
 
@@ -118,7 +118,7 @@ def workspace_bytes(demand: Demand, context: int) -> int:
     """Return the largest working set of a pass: what half a block has alive at once on a CPU.
 
     The factors count arrays of `model` and `attention`; they were measured, in float32 and
-    bfloat16, on shapes from 5M parameters to an 8B's.
+    bfloat16, on shapes from 4M parameters to an 8B's.
     """
     config, dtype = demand.config, demand.dtype
     chunk = min(demand.chunk, context)

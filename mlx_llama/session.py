@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlx_llama.cache import KVCache
-from mlx_llama.context import Context, decide_context
+from mlx_llama.context import Context, plan_context
 from mlx_llama.errors import OptionError
 from mlx_llama.generation import OnForget, OnPrefill, Request, Step, generate
 from mlx_llama.options import ContextOptions, GenerationOptions, generation_options
@@ -47,9 +47,9 @@ class _Turn:
 class Session:
     """A conversation with one model; owns its cache. Not safe for two threads at once.
 
-    It has one answer at a time: beginning another ends the one before. context: how much it sees,
-    and what happens beyond. is_single: whether there will be one answer only, so that the context
-    need not be longer than that takes.
+    It has one answer at a time: beginning another ends the one before. options: how much it
+    sees, and what happens beyond. is_single: whether there will be one answer only, so that the
+    context need not be longer than that takes; it is decided when the answer begins.
     """
 
     def __init__(self, llama: Llama, options: ContextOptions, *, is_single: bool = False) -> None:
@@ -65,9 +65,9 @@ class Session:
     def _decide(self, *, needed: int | None) -> None:
         """Choose the context and make its cache. needed: tokens of prompt and answer, if known."""
         llama = self._llama
-        self.context: Context = decide_context(
+        self.context: Context = plan_context(
             self._options, llama.config, dtype=llama.dtype, needed=needed
-        )
+        ).require_memory()
         self.cache: KVCache = self.context.new_cache(llama.config)
 
     def ask(self, text: str, **options: Any) -> Iterator[Step]:
@@ -208,7 +208,8 @@ class Session:
         """Trim the cache to what it shares with ids; the last id is always computed."""
         shared = _shared(self.tokens, ids[:-1])
         cache = self.cache
-        if keep != cache.keep or cache.window.is_lost(shared):
+        is_missing = cache.forgotten > 0 and keep != cache.keep
+        if is_missing or cache.window.is_lost(shared):
             # What was forgotten is computed anew, from where nothing is missing.
             shared = min(shared, keep, cache.keep)
         cache.trim(cache.offset - shared)

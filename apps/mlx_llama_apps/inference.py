@@ -153,7 +153,7 @@ def model_loader(
     """
 
     def load() -> Llama:
-        from mlx_llama.context import decide_context
+        from mlx_llama.context import plan_context
         from mlx_llama.loading import load, open_model_directory
 
         def on_block(done: int, total: int) -> None:
@@ -161,13 +161,13 @@ def model_loader(
 
         directory = open_model_directory(path)
         dtype = directory.dtype_with(load_options)
-        decide_context(
+        plan_context(
             context_options,
             directory.config_with(load_options),
             dtype=dtype,
             weights=directory.loaded_bytes(dtype),
             needed=needed,
-        )
+        ).require_memory()
         return load(directory, **asdict(load_options), on_block=on_block)
 
     return load

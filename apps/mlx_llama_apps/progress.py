@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 
+from mlx_llama_apps.terminal import StatusLine
+
 SECONDS_BETWEEN_LINES = 5.0
 
 OnBytes = Callable[[int, int, str], None]
+OnForget = Callable[[int], None]
 
 
 def remark(text: str) -> None:
@@ -64,3 +67,49 @@ def _plain_lines(title: str) -> OnBytes:
             remark(f"{title}: {done / 1e6:.0f} of {total / 1e6:.0f} MB, {name}")
 
     return show
+
+
+def prefill_progress(status: StatusLine) -> Callable[[int, int], None]:
+    """Return what shows how far a prompt has been read, how fast, and how long it will take."""
+    started = monotonic()
+    first: int | None = None  # tokens known when the first slice was over; it includes loading
+
+    def show(done: int, total: int) -> None:
+        nonlocal first, started
+        if first is None or done < first:
+            first, started = done, monotonic()
+        text = f"reading the prompt: {done} of {total} tokens"
+        elapsed_s = monotonic() - started
+        if done > first and elapsed_s > 0:
+            rate = (done - first) / elapsed_s
+            text += f", {rate:.0f} a second, {duration((total - done) / rate)} left"
+        status.show(text)
+
+    return show
+
+
+def duration(seconds: float) -> str:
+    """Say a duration as short as it may be: 8 s, 2 min 5 s, 1 h 3 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+@contextmanager
+def told_when_forgotten() -> Iterator[OnForget]:
+    """Yield a callback that takes how many tokens a sliding context dropped; say it at the end."""
+    n_tokens = 0
+
+    def note(n_forgotten: int) -> None:
+        nonlocal n_tokens
+        n_tokens = n_forgotten
+
+    try:
+        yield note
+    finally:
+        if n_tokens:
+            tokens = "1 token" if n_tokens == 1 else f"{n_tokens} tokens"
+            remark(f"the context was full: the oldest {tokens} behind the kept ones were dropped")

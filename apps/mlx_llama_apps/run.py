@@ -16,7 +16,7 @@ from mlx_llama.options import ContextOptions, GenerationOptions, LoadOptions
 from mlx_llama_apps import paths
 from mlx_llama_apps.flags import ContextFlags, GenerationFlags, LoadFlags, given
 from mlx_llama_apps.inference import Inference, model_loader
-from mlx_llama_apps.notices import Forgotten, prefill_progress
+from mlx_llama_apps.progress import prefill_progress, told_when_forgotten
 from mlx_llama_apps.terminal import StatusLine, read_stdin, write_text
 
 if TYPE_CHECKING:
@@ -61,13 +61,12 @@ def run(
         raise OptionError("--system and --date: do nothing with --raw; leave one of them out")
     path = paths.resolve_model(model)
     text = read_stdin() if prompt in (None, "-") else prompt
-    forgotten = Forgotten()
-    with StatusLine() as status:
+    with told_when_forgotten() as on_forget, StatusLine() as status:
         # The prompt is not counted yet: what it takes is checked when it is.
         needed = None if most is None else most + 1
         loader = model_loader(path, load_options, checked, status, needed=needed)
-        with Inference(loader) as inference, forgotten:
-            hooks = {"on_prefill": prefill_progress(status), "on_forget": forgotten.note}
+        with Inference(loader) as inference:
+            hooks = {"on_prefill": prefill_progress(status), "on_forget": on_forget}
             asking = _asking(text, raw, system, date, {**wanted, **context, **hooks}, as_json)
             steps = inference.stream(asking)
             if as_json:

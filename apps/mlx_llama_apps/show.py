@@ -59,7 +59,9 @@ def model_facts(
 ) -> dict[str, Any]:
     """Collect what `show` prints, as JSON holds it; sizes in bytes."""
     from mlx_llama import ops
+    from mlx_llama.cache import KVBits
     from mlx_llama.kinds import kind_named
+    from mlx_llama.memory import cache_bytes_per_token
 
     config = directory.config_with(load_options)
     scaling, formats = config.rope_scaling, directory.format_counts
@@ -85,22 +87,27 @@ def model_facts(
             "theta": config.rope_theta,
             "type": "default" if scaling is None else scaling.rope_type,
             "factor": None if scaling is None else scaling.factor,
-            "reason": None
-            if scaling is None
-            else "--rope-linear"
-            if load_options.rope_linear
-            else directory.own.get("rope_factor_reason"),
+            "reason": _rope_reason(directory, load_options),
         },
         "matrices": formats,
         "bits_per_weight": round(8 * directory.weight_bytes / config.parameter_count, 4),
         "weight_bytes": directory.weight_bytes,
-        "kv_bytes_per_token": config.kv_bytes_per_token(dtype.size),
+        "kv_bytes_per_token": cache_bytes_per_token(config, KVBits(), dtype),
         "memory": _memory_facts(directory, context_options, config, dtype),
         "tokenizer": directory.tokenizer.family,
         "source_files": _source_files(directory.path),
         "backend": ops.backend(),
         "dtype": str(dtype).removeprefix("mlx.core."),
     }
+
+
+def _rope_reason(directory: ModelDirectory, options: LoadOptions) -> Any:
+    """Say why the RoPE factor is what it is; None where there is none, or no reason is known."""
+    if options.rope_linear is not None:
+        return "--rope-linear"
+    if directory.config.rope_scaling is None:
+        return None
+    return directory.own.get("rope_factor_reason")
 
 
 def _memory_facts(

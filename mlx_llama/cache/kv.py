@@ -1,7 +1,8 @@
 """The caches themselves: what a model needs of one, the one that keeps nothing, and the real one.
 
 A cache is owned by the caller, not by attention. A pass of the model calls `begin` once, `append`
-once a layer and `advance` once at the end; a pass that is given up before `advance` never was.
+once a layer and `advance` once at the end. A pass that is given up before `advance` never was, but
+that a single token in a full ring has taken the row of the oldest one, which is then forgotten.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class KVCache:
     that the model was trained for; otherwise it takes no more. bits: of stored keys and values;
     from packed_from tokens on, plain before.
 
-    Buffers grow in place: `reserve` makes room for what is to come, so that nothing is copied;
-    beyond it they double. Raises OptionError for choices that cannot work.
+    `reserve` makes room for what is to come, so that nothing is copied; beyond it the buffers
+    double. Raises OptionError for choices that cannot work.
     """
 
     def __init__(
@@ -215,13 +216,9 @@ class KVCache:
         start = self.offset
         for layer, (keys, values) in self._pending.items():
             for token, row, count in self.window.runs(start, start + n_tokens):
-                part = slice(token - start, token - start + count)
-                self._layers[layer].write(
-                    row,
-                    keys.rows(part.start, part.stop),
-                    values.rows(part.start, part.stop),
-                    n_rows=self._rows,
-                )
+                first, last = token - start, token - start + count
+                part = keys.rows(first, last), values.rows(first, last)
+                self._layers[layer].write(row, *part, n_rows=self._rows)
         self._pending.clear()
         self.window.advance(n_tokens)
 

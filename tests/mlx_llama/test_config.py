@@ -7,10 +7,12 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_llama.cache import KVBits
 from mlx_llama.config import (
     LIMITS,
     ModelConfig,
@@ -20,6 +22,7 @@ from mlx_llama.config import (
     config_to_hf,
 )
 from mlx_llama.errors import CheckpointError, MlxLlamaError, UnsupportedModelError
+from mlx_llama.memory import cache_bytes_per_token
 
 # As Meta's Llama 3.2 1B has it on Hugging Face, before and since transformers 5.
 OLD = {
@@ -436,4 +439,5 @@ def test_what_peers_need_is_always_written() -> None:
 
 def test_sizes_that_follow_from_the_shape() -> None:
     assert EXPECTED.parameter_count == 1_235_814_400
-    assert EXPECTED.kv_bytes_per_token(2) == 32_768
+    assert cache_bytes_per_token(EXPECTED, KVBits(), mx.bfloat16) == 32_768
+    assert cache_bytes_per_token(EXPECTED, KVBits(8, 4), mx.bfloat16) == 16 * 8 * (64 + 4 + 32 + 4)

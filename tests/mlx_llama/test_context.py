@@ -124,6 +124,17 @@ def test_slide_keeps_the_system_prompt(llama: Llama) -> None:
         list(llama.session(context=6, on_full="slide").ask("hello", max_tokens=30))
 
 
+def test_short_answer_that_cannot_slide_takes_any_keep(llama: Llama) -> None:
+    """It was refused: the context had been cut to prompt and answer, which --keep then exceeded."""
+    steps = list(llama.stream("hello", on_full="slide", keep=500, max_tokens=3, ignore_eos=True))
+    assert len(steps) == 3 and steps[-1].finish_reason == "length"
+
+
+def test_more_kept_than_the_context_holds_is_told_at_once(llama: Llama) -> None:
+    with pytest.raises(OptionError, match="--keep keeps 31 tokens, the context holds 32"):
+        llama.session(context=32, on_full="slide", keep=31)
+
+
 def test_a_changed_history_is_computed_anew_where_it_was_forgotten(llama: Llama) -> None:
     session = llama.session(context=64, on_full="slide")
     for text in ("hello", "the thing", "in"):
@@ -137,16 +148,17 @@ def test_a_changed_history_is_computed_anew_where_it_was_forgotten(llama: Llama)
     assert found == expected
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("bits", [KVBits(), KVBits(8, 8), KVBits(8, 4)])
 @pytest.mark.parametrize("n_tokens", [512, 1536])
-def test_predicted_peak_is_the_real_one(bits: KVBits, n_tokens: int) -> None:
+def test_predicted_peak_is_the_real_one(bits: KVBits, n_tokens: int, dtype: mx.Dtype) -> None:
     """On a model of 4 million parameters; the larger ones of the benchmark are nearer."""
     config = medium_config()
     arrays = {
-        f"{hf_module(name)}.weight": mx.random.normal(shape) * 0.02
+        f"{hf_module(name)}.weight": (mx.random.normal(shape) * 0.02).astype(dtype)
         for name, shape in tensor_shapes(config).items()
     }
-    model = build_model(config, arrays, dtype=mx.float32)
+    model = build_model(config, arrays, dtype=dtype)
     weights = sum(array.nbytes for array in model.arrays())
     mx.clear_cache()
     others = mx.get_active_memory() - weights  # what other tests hold
@@ -160,7 +172,7 @@ def test_predicted_peak_is_the_real_one(bits: KVBits, n_tokens: int) -> None:
         chunk=128,
     )
     assert len(list(generate(model, cache, request))) == 4
-    predicted = Demand(config, weights, bits, mx.float32, 128).at(n_tokens, None).total
+    predicted = Demand(config, weights, bits, dtype, 128).at(n_tokens, None).total
     found = mx.get_peak_memory() - others
     assert abs(predicted / found - 1) < PEAK_TOLERANCE, (predicted, found)
 

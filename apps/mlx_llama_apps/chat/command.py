@@ -15,7 +15,7 @@ from mlx_llama_apps.chat.commands import parse
 from mlx_llama_apps.chat.talk import Talk, make_talk
 from mlx_llama_apps.flags import ContextFlags, GenerationFlags, LoadFlags, given
 from mlx_llama_apps.inference import Inference, model_loader
-from mlx_llama_apps.notices import prefill_progress
+from mlx_llama_apps.progress import prefill_progress
 from mlx_llama_apps.terminal import StatusLine, size
 
 if TYPE_CHECKING:
