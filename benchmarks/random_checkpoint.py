@@ -26,11 +26,11 @@ from torch_zip import write_pth
 
 from mlx_llama.config import ModelConfig, RopeScaling, config_to_hf
 from mlx_llama.kinds import kind_named
+from mlx_llama.safetensors_writer import SafetensorsWriter
 from mlx_llama.tensor_ref import byte_view
 from mlx_llama.tokenizer import open_tokenizer
 from mlx_llama.tokenizer.bpe import N_SPECIAL
 from mlx_llama.weights import hf_module, tensor_shapes
-from mlx_llama_convert.safetensors_writer import SafetensorsWriter
 from mlx_llama_convert.tokenizer_files import write_tokenizer_files
 
 HEADS_AT_ONCE = 64

@@ -20,6 +20,7 @@ from mlx_llama import ops
 from mlx_llama.cache import KVCache
 from mlx_llama.config import ModelConfig
 from mlx_llama.errors import ContextOverflowError, OptionError
+from mlx_llama.fingerprint import model_fingerprint
 from mlx_llama.generation import OnForget, OnPrefill, Step
 from mlx_llama.kinds import Kind, kind_named
 from mlx_llama.model import LAST, LlamaModel
@@ -77,6 +78,11 @@ class Llama:
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer; see the function of the same name."""
         return stop_ids(self.kind, self.tokenizer, self.config.eos_ids)
+
+    @cached_property
+    def fingerprint(self) -> Mapping[str, str]:
+        """What tells this model, as it is loaded, from others: see `model_fingerprint`."""
+        return model_fingerprint(self.model, self.dtype)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Return BOS and a text's tokens, or ids as they are once they are checked."""

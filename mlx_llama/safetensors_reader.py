@@ -33,16 +33,21 @@ def open_safetensors(path: Path) -> dict[str, TensorRef]:
     Raises: CheckpointError, one line with the path, for a file that cannot be read or whose header
     does not describe exactly the bytes that follow it.
     """
+    return open_with_metadata(path)[0]
+
+
+def open_with_metadata(path: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
+    """Return the same, and the texts that the header holds besides."""
     try:
         with path.open("rb", buffering=0) as file:
             header, data_offset = _read_header(path, file)
             data_nbytes = os.fstat(file.fileno()).st_size - data_offset
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    _check_metadata(path, header.pop("__metadata__", None))
+    metadata = _metadata(path, header.pop("__metadata__", None))
     refs = {name: _entry(path, name, entry, data_offset) for name, entry in header.items()}
     _check_tiling(path, refs, data_offset, data_nbytes)
-    return refs
+    return refs, metadata
 
 
 def _read_header(path: Path, file: io.FileIO) -> tuple[dict[str, Any], int]:
@@ -65,11 +70,12 @@ def _read_header(path: Path, file: io.FileIO) -> tuple[dict[str, Any], int]:
     return parse_json_bytes(text, where=f"{path}: header"), _LENGTH_NBYTES + nbytes
 
 
-def _check_metadata(path: Path, metadata: object) -> None:
+def _metadata(path: Path, metadata: object) -> dict[str, str]:
     if metadata is None:
-        return
+        return {}
     if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ of the header is not a table of texts")
+    return metadata
 
 
 def _entry(path: Path, name: str, entry: object, data_offset: int) -> TensorRef:

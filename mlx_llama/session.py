@@ -10,9 +10,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_llama.cache import KVCache
+from mlx_llama.cache import KVCache, load_cache, save_cache
 from mlx_llama.context import Context, plan_context
 from mlx_llama.errors import OptionError
 from mlx_llama.generation import OnForget, OnPrefill, Request, Step, generate
@@ -126,6 +127,24 @@ class Session:
         self.messages.clear()
         self.tokens.clear()
         self.cache.clear()
+
+    def save_cache(self, path: Path) -> None:
+        """Write the tokens and what the cache holds of them; an answer on its way is ended.
+
+        Raises OSError as the disk gives it, with nothing half written.
+        """
+        self._supersede()
+        save_cache(path, self.cache, tokens=self.tokens, fingerprint=self._llama.fingerprint)
+
+    def load_cache(self, path: Path) -> None:
+        """Take up what `save_cache` wrote, so that a text that begins so is not computed again.
+
+        The messages are the caller's to restore. Raises CheckpointError, with the reason, for a
+        file of another model, another context or none; the session is as it was then.
+        """
+        self._supersede()
+        llama = self._llama
+        self.tokens = load_cache(path, self.cache, dtype=llama.dtype, fingerprint=llama.fingerprint)
 
     def _opening(self, messages: Sequence[Message], date: str | None) -> int:
         """Return how many tokens stand before the first message's text: the system's part."""

@@ -17,18 +17,14 @@ from mlx_llama.errors import OutputError
 from mlx_llama.kinds import kind_named
 from mlx_llama.loading import INDEX_NAME
 from mlx_llama.options import DEFAULT_TEMPERATURE, DEFAULT_TOP_P
+from mlx_llama.safetensors_writer import SafetensorsWriter
 from mlx_llama_convert import checklist
 from mlx_llama_convert.card import model_card
 from mlx_llama_convert.hashing import Hasher
 from mlx_llama_convert.output import JOURNAL, MANIFEST_NAME, Partial, new_directory
 from mlx_llama_convert.plan import ConversionPlan
 from mlx_llama_convert.resources import OTHER_BYTES, disk_bytes
-from mlx_llama_convert.safetensors_writer import (
-    SafetensorsWriter,
-    build_index,
-    plan_shards,
-    shard_names,
-)
+from mlx_llama_convert.shard_files import build_index, plan_shards, shard_names
 from mlx_llama_convert.tokenizer_files import write_tokenizer_files
 from mlx_llama_convert.verification import Verification, compare_weights
 from mlx_llama_quantize import quantize_weights

@@ -15,8 +15,8 @@ from mlx_llama.errors import OptionError
 from mlx_llama.kinds import kind_named
 from mlx_llama.llama import stop_ids
 from mlx_llama.options import ConvertOptions
+from mlx_llama.safetensors_writer import Entry, entry_nbytes
 from mlx_llama.weights import count_formats, hf_module, is_matrix
-from mlx_llama_convert.safetensors_writer import Entry, entry_nbytes
 from mlx_llama_convert.source import SourceModel
 from mlx_llama_quantize import QuantSpec, packed_entries
 from mlx_llama_quantize.spec import DEFAULT_GROUP_SIZE

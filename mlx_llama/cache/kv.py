@@ -95,7 +95,7 @@ class KVCache:
         self.packed_from = packed_from
         if not bits.is_plain:
             group_size(config.head_dim)
-        self._config = config
+        self.config = config
         self._layers = [Layer() for _ in range(config.n_layers)]
         self._is_packed = packed_from == 0 or bits.is_plain
         self._rows = 0  # length of the buffers, for those that exist and those to come
@@ -155,6 +155,11 @@ class KVCache:
         """The buffers, for `mx.eval`."""
         pending = [a for pair in self._pending.values() for part in pair for a in part.arrays]
         return [array for layer in self._layers for array in layer.arrays] + pending
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether what is stored is packed, as it is from `packed_from` on."""
+        return self._is_packed and not self.bits.is_plain
 
     # --- a pass ----------------------------------------------------------------------------------
 
@@ -280,11 +285,25 @@ class KVCache:
         other._pending = {}
         return other
 
+    def layers(self) -> list[Layer]:
+        """Return the rows that hold tokens, of every layer; none of an empty cache."""
+        n_rows = self.offset if self.window.is_straight else self.capacity
+        return [layer.rows(n_rows) for layer in self._layers] if self.offset else []
+
+    def take_up(self, window: Window, layers: list[Layer], *, is_packed: bool) -> None:
+        """Hold what another cache held: its counts, and what its `layers` returned."""
+        self.clear()
+        self.window = window
+        self._is_packed = is_packed or self.bits.is_plain
+        if layers:
+            self._layers = layers
+            self._rows = self.offset if window.is_straight else self.capacity
+
     def _turn_back(self) -> None:
         """Turn the keys behind the kept ones back; a few at a time, for their memory's sake."""
         positions = np.maximum(self.window.tokens_of_rows() - self.window.shift, 0)
         delta = self.window.turn()
-        periods = rope_periods(self._config)
+        periods = rope_periods(self.config)
         for start in range(self.keep, self.capacity, TURN_ROWS):
             stop = min(start + TURN_ROWS, self.capacity)
             angles = angles_back(periods, positions[start:stop], delta)

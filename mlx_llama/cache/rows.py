@@ -169,6 +169,11 @@ class Layer:
         if self.keys is not None and self.values is not None and self.keys.n_rows > n_rows:
             self.keys, self.values = self.keys.resized(n_rows), self.values.resized(n_rows)
 
+    def rows(self, n_rows: int) -> Layer:
+        """Return the first n_rows."""
+        assert self.keys is not None and self.values is not None
+        return Layer(self.keys.rows(0, n_rows), self.values.rows(0, n_rows))
+
     def pack(self, bits: KVBits) -> None:
         """Store what is plain in so many bits."""
         if self.keys is not None and self.values is not None:

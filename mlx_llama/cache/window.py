@@ -113,6 +113,19 @@ class Window:
         self.offset += n_tokens
         self.first = max(self.first, self.offset - self.span)
 
+    def resume(self, *, offset: int, first: int, shift: int) -> None:
+        """Take up counts that were kept elsewhere; ValueError for ones that nothing leads to."""
+        if first == self.keep:
+            is_sound = 0 <= offset <= self.capacity and shift == 0
+        else:
+            is_sound = self.slides and self.keep < first <= offset <= first + self.span
+            is_sound = is_sound and 0 <= shift <= first - self.keep
+        if not is_sound or offset - shift > self.max_position:
+            raise ValueError(
+                f"offset {offset}, first {first} and shift {shift} contradict the rest"
+            )
+        self.offset, self.first, self.shift = offset, first, shift
+
     def overwrite(self) -> None:
         """Forget the token whose row the next one takes, if the ring is full."""
         self.first = max(self.first, self.offset + 1 - self.span)

@@ -1,0 +1,365 @@
+"""A cache on disk: it comes back whole, and a file that does not belong is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import stat
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_llama
+from mlx_llama import Llama, Session
+from mlx_llama.cache import KVBits, KVCache, load_cache, save_cache
+from mlx_llama.config import ModelConfig, QuantFormat, RopeScaling, config_from_hf
+from mlx_llama.errors import CheckpointError
+from mlx_llama.fingerprint import model_fingerprint
+from mlx_llama.model import LlamaModel
+from mlx_llama.safetensors_reader import open_with_metadata
+from mlx_llama.safetensors_writer import SafetensorsWriter
+from mlx_llama.weights import build_model
+from model_folders import arrays_of
+from random_models import CASES, random_model
+
+CASE = CASES["llama3"]  # two heads of 64 numbers for keys and values, so that they can be packed
+IDS = [n % 250 for n in range(1, 61)]
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {"capacity": 64},
+    "8 bits": {"capacity": 64, "bits": KVBits(8, 8)},
+    "8:4 bits, later": {"capacity": 64, "bits": KVBits(8, 4), "packed_from": 50},
+    "8 bits, not yet packed": {"capacity": 64, "bits": KVBits(8, 8), "packed_from": 61},
+    "sliding": {"capacity": 24, "keep": 4, "slides": True},
+    "sliding, 4 bits": {"capacity": 24, "keep": 4, "slides": True, "bits": KVBits(4, 4)},
+}
+
+
+@pytest.fixture(scope="module")
+def config() -> ModelConfig:
+    return replace(
+        config_from_hf(random_model(CASE)[1], kind="llama2", is_tied=None), max_context=64
+    )
+
+
+@pytest.fixture(scope="module")
+def model(config: ModelConfig) -> LlamaModel:
+    return build_model(config, arrays_of(random_model(CASE)[0]), dtype=mx.float32)
+
+
+def filled(model: LlamaModel, n_tokens: int = 60, **form: Any) -> KVCache:
+    cache = KVCache(model.config, **form)
+    fed = 0
+    while fed < n_tokens:
+        size = min(7, n_tokens - fed, cache.pass_limit)
+        mx.eval(model(mx.array(IDS[fed : fed + size])[None], cache))
+        fed += size
+    return cache
+
+
+def save(path: Path, model: LlamaModel, cache: KVCache) -> Path:
+    ids = IDS[: cache.offset]
+    save_cache(path, cache, tokens=ids, fingerprint=model_fingerprint(model, mx.float32))
+    return path
+
+
+def load(path: Path, model: LlamaModel, **form: Any) -> tuple[KVCache, list[int]]:
+    cache = KVCache(model.config, **form)
+    fingerprint = model_fingerprint(model, mx.float32)
+    return cache, load_cache(path, cache, dtype=mx.float32, fingerprint=fingerprint)
+
+
+def next_logits(model: LlamaModel, cache: KVCache) -> np.ndarray:
+    """Return the logits of some tokens more, one at a time."""
+    return np.concatenate([model(mx.array([[n]]), cache)[0] for n in range(4)])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_loaded_cache_gives_identical_logits(tmp_path: Path, model: LlamaModel, form: str) -> None:
+    saved = filled(model, **FORMS[form])
+    cache, ids = load(save(tmp_path / "c", model, saved), model, **FORMS[form])
+    assert ids == IDS
+    assert (cache.offset, cache.forgotten, cache.position, cache.is_packed) == (
+        saved.offset,
+        saved.forgotten,
+        saved.position,
+        saved.is_packed,
+    )
+    np.testing.assert_array_equal(next_logits(model, cache), next_logits(model, saved))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_comes_back_bit_for_bit(tmp_path: Path, config: ModelConfig, form: str) -> None:
+    model = build_model(config, arrays_of(random_model(CASE)[0]), dtype=mx.bfloat16)
+    saved = filled(model, **FORMS[form])
+    save_cache(tmp_path / "c", saved, tokens=IDS, fingerprint={})
+    cache = KVCache(config, **FORMS[form])
+    load_cache(tmp_path / "c", cache, dtype=mx.bfloat16, fingerprint={})
+    np.testing.assert_array_equal(next_logits(model, cache), next_logits(model, saved))
+
+
+def test_trimmed_cache_is_saved_without_what_was_dropped(tmp_path: Path, model: LlamaModel) -> None:
+    saved = filled(model, capacity=64)
+    saved.trim(40)
+    cache, ids = load(save(tmp_path / "c", model, saved), model, capacity=64)
+    assert ids == IDS[:20]
+    assert cache.rows == 20
+    np.testing.assert_array_equal(next_logits(model, cache), next_logits(model, saved))
+
+
+def test_empty_cache_comes_back_empty(tmp_path: Path, model: LlamaModel) -> None:
+    cache, ids = load(
+        save(tmp_path / "c", model, KVCache(model.config, capacity=8)), model, capacity=8
+    )
+    assert (ids, cache.offset, cache.nbytes) == ([], 0, 0)
+
+
+def test_whole_text_fits_into_any_context_that_is_long_enough(
+    tmp_path: Path, model: LlamaModel
+) -> None:
+    path = save(tmp_path / "c", model, filled(model, 20, capacity=24, keep=4, slides=True))
+    cache, _ = load(path, model, capacity=64)
+    fresh = filled(model, 20, capacity=64)
+    np.testing.assert_allclose(next_logits(model, cache), next_logits(model, fresh), atol=1e-4)
+    with pytest.raises(CheckpointError, match="of 20 tokens, more than --context 16 takes"):
+        load(path, model, capacity=16)
+
+
+@pytest.mark.parametrize(
+    ("form", "here", "reason"),
+    [
+        ("plain", "8 bits", "of --kv-bits 16 --kv-start 0, here --kv-bits 8 --kv-start 0"),
+        (
+            "8 bits",
+            "8:4 bits, later",
+            "of --kv-bits 8 --kv-start 0, here --kv-bits 8:4 --kv-start 50",
+        ),
+        (
+            "sliding",
+            "plain",
+            "of --context 24 --on-full slide and has forgotten tokens, here --context 64 "
+            "--on-full stop",
+        ),
+    ],
+)
+def test_another_context_is_refused_by_name(
+    tmp_path: Path, model: LlamaModel, form: str, here: str, reason: str
+) -> None:
+    path = save(tmp_path / "c", model, filled(model, **FORMS[form]))
+    cache = filled(model, 5, **FORMS[here])
+    with pytest.raises(CheckpointError) as refusal:
+        load_cache(path, cache, dtype=mx.float32, fingerprint={})
+    assert str(refusal.value) == (
+        f"{path}: this saved cache is {reason}; the text must be computed anew"
+    )
+    assert cache.offset == 5
+
+
+LINEAR = RopeScaling("linear", 2.0)
+LLAMA3 = RopeScaling("llama3", 8.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"rope_theta": 1e4}, "RoPE theta 500000, here theta 10000"),
+        (
+            {"rope_scaling": LINEAR},
+            "RoPE theta 500000, here theta 500000, linear scaling, factor 2",
+        ),
+        (
+            {"rope_scaling": LLAMA3},
+            "RoPE theta 500000, here theta 500000, llama3 scaling, factor 8, 1 to 4 of 8192",
+        ),
+        ({"quantization": QuantFormat(4, 64)}, "quantization none, here 4 bits, group 64"),
+        (
+            {"n_heads": 2, "n_kv_heads": 1},
+            "shape 3 layers, width 256/448, 4/2 heads of 64, 512 tokens, here 3 layers, "
+            "width 256/448, 2/1 heads of 64, 512 tokens",
+        ),
+    ],
+)
+def test_another_models_cache_is_refused_by_the_part_that_differs(
+    tmp_path: Path, model: LlamaModel, config: ModelConfig, change: dict[str, Any], reason: str
+) -> None:
+    path = save(tmp_path / "c", model, filled(model, 5, capacity=64))
+    other = copy.copy(model)
+    other.config = replace(config, **change)
+    with pytest.raises(CheckpointError, match=f"this saved cache is another model's: {reason};"):
+        load(path, other, capacity=64)
+
+
+def test_other_weights_and_dtypes_are_told_apart(
+    tmp_path: Path, model: LlamaModel, config: ModelConfig
+) -> None:
+    weights = arrays_of(random_model(CASE)[0])
+    weights["model.layers.2.mlp.down_proj.weight"] *= 1.01
+    tuned = build_model(config, weights, dtype=mx.float32)
+    path = save(tmp_path / "c", model, filled(model, 5, capacity=64))
+    with pytest.raises(CheckpointError, match="another model's: weights "):
+        load(path, tuned, capacity=64)
+    half = model_fingerprint(model, mx.float16)
+    with pytest.raises(CheckpointError, match="another model's: dtype float32, here float16"):
+        load_cache(path, KVCache(config, capacity=64), dtype=mx.float16, fingerprint=half)
+
+
+def test_fingerprint_is_the_same_each_time_it_is_loaded(chat_model: Path) -> None:
+    assert mlx_llama.load(chat_model).fingerprint == mlx_llama.load(chat_model).fingerprint
+
+
+# --- sessions ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama(chat_model: Path) -> Llama:
+    return mlx_llama.load(chat_model)
+
+
+def test_resumed_session_computes_the_new_turn_alone(tmp_path: Path, llama: Llama) -> None:
+    one, other = llama.session(), llama.session()
+    say(one, "hello")
+    one.save_cache(tmp_path / "c")
+    other.load_cache(tmp_path / "c")
+    other.messages = list(one.messages)
+    held = len(one.tokens)
+    answers = [say(session, "the thing") for session in (one, other)]
+    assert answers[0] == answers[1]
+    assert one.tokens == other.tokens
+    assert answers[1][1] == held
+
+
+def say(session: Session, text: str) -> tuple[str, int]:
+    """Return the answer and how many tokens of the prompt were not computed."""
+    steps = list(session.ask(text, temperature=0, max_tokens=6, ignore_eos=True))
+    assert steps[-1].stats is not None
+    return "".join(step.text for step in steps), steps[-1].stats.cached_tokens
+
+
+# --- hostile and damaged files -----------------------------------------------------------------
+
+
+@pytest.fixture
+def path(tmp_path: Path, model: LlamaModel) -> Path:
+    return save(tmp_path / "c", model, filled(model, **FORMS["sliding"]))
+
+
+def rewrite(path: Path, state: dict[str, Any], arrays: dict[str, mx.array | None]) -> None:
+    """Change counts and arrays of a file; None takes an array away."""
+    refs, metadata = open_with_metadata(path)
+    held = {name: ref.read() for name, ref in refs.items()}
+    for name, array in arrays.items():
+        if array is None:
+            del held[name]
+        else:
+            held[name] = array
+    metadata["cache"] = json.dumps({**json.loads(metadata["cache"]), **state})
+    entries = [(n, str(a.dtype).removeprefix("mlx.core."), a.shape) for n, a in held.items()]
+    with SafetensorsWriter(path, entries, metadata) as file:
+        for name, array in held.items():
+            file.write(name, array)
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ({"version": 2}, "version 2 of the format, expected 1"),
+        ({"offset": -1}, "damaged: offset -1"),
+        ({"offset": "60"}, "damaged: a count is missing or no whole number"),
+        ({"offset": True}, "damaged: a count is missing or no whole number"),
+        ({"offset": 10**30}, "damaged: offset"),
+        ({"first": 2}, "damaged: "),
+        ({"first": 61}, "damaged: "),
+        ({"shift": 50}, "damaged: "),
+        ({"shift": -5}, "damaged: "),
+        ({"keep": -1}, "damaged: "),
+        ({"keep": 23}, "damaged: "),
+        ({"offset": 59}, "damaged: the arrays are not those"),
+        ({"is_packed": True, "bits": "8"}, "of --kv-bits 8"),
+    ],
+)
+def test_counts_that_cannot_be_are_refused(
+    path: Path, model: LlamaModel, state: dict[str, Any], reason: str
+) -> None:
+    rewrite(path, state, {})
+    with pytest.raises(CheckpointError, match=reason):
+        load(path, model, **FORMS["sliding"])
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"tokens": None},
+        {"tokens": mx.zeros((60,), dtype=mx.int32)},
+        {"layers.2.values.0": None},
+        {"layers.3.keys.0": mx.zeros((1, 2, 24, 64))},
+        {"layers.0.keys.0": mx.zeros((1, 2, 24, 64), dtype=mx.bfloat16)},
+        {"layers.0.keys.0": mx.zeros((1, 2, 23, 64))},
+        {"layers.0.keys.0": mx.zeros((2, 2, 24, 64))},
+        {"../../x": mx.zeros((1,))},
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(
+    path: Path, model: LlamaModel, arrays: dict[str, mx.array | None]
+) -> None:
+    rewrite(path, {}, arrays)
+    with pytest.raises(CheckpointError, match="damaged: the arrays are not those"):
+        load(path, model, **FORMS["sliding"])
+
+
+def test_unknown_tokens_are_refused(path: Path, model: LlamaModel) -> None:
+    rewrite(path, {}, {"tokens": mx.full((60,), 2**32 - 1, dtype=mx.uint32)})
+    with pytest.raises(CheckpointError, match="there is no token 4294967295"):
+        load(path, model, **FORMS["sliding"])
+
+
+def test_other_files_are_refused(tmp_path: Path, model: LlamaModel) -> None:
+    path = tmp_path / "c"
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load(path, model, capacity=8)
+    mx.save_safetensors(str(tmp_path / "c.safetensors"), {"tokens": mx.zeros((1,))})
+    with pytest.raises(CheckpointError, match="not a saved cache: its metadata has no 'cache'"):
+        load(tmp_path / "c.safetensors", model, capacity=8)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+def test_file_that_was_cut_short_is_refused(path: Path, model: LlamaModel, share: float) -> None:
+    os.truncate(path, int(path.stat().st_size * share))
+    with pytest.raises(CheckpointError):
+        load(path, model, **FORMS["sliding"])
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def test_file_is_its_owners_alone_and_replaces_another(tmp_path: Path, model: LlamaModel) -> None:
+    path = tmp_path / "c"
+    path.write_text("older")
+    save(path, model, filled(model, 5, capacity=8))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+    assert load(path, model, capacity=8)[1] == IDS[:5]
+
+
+def test_failed_save_leaves_what_was_there(
+    tmp_path: Path, model: LlamaModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "c", model, filled(model, 5, capacity=8))
+    before = path.read_bytes()
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space"):
+        save(path, model, filled(model, 6, capacity=8))
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_ids_that_the_cache_does_not_count_are_refused(tmp_path: Path, model: LlamaModel) -> None:
+    with pytest.raises(ValueError, match="6 tokens for a cache of 5"):
+        save_cache(tmp_path / "c", filled(model, 5, capacity=8), tokens=IDS[:6], fingerprint={})
