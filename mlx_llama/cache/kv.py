@@ -250,6 +250,9 @@ class KVCache:
     def trim(self, n_tokens: int) -> None:
         """Forget the newest tokens; `forgotten` tells what else is missing. ValueError beyond."""
         self.window.trim(n_tokens)
+        if n_tokens and not self.offset:
+            self.clear()
+            return
         self._pending.clear()
         if self.window.is_straight and self._rows > SLACK * max(self.offset, STEP):
             self._rows = self._rounded(self.offset)
