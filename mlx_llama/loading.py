@@ -89,6 +89,13 @@ class ModelDirectory:
             if not (self.config.tied and name.startswith("lm_head."))
         )
 
+    def arrays(self) -> dict[str, mx.array]:
+        """Return the tensors by Hugging Face name; each is read when it is evaluated."""
+        arrays: dict[str, mx.array] = {}
+        for file in sorted({ref.path for ref in self.tensors.values()}):
+            arrays |= mx.load(str(file))  # pyright: ignore[reportArgumentType, reportOperatorIssue]
+        return {name: arrays[name] for name in self.tensors}  # without old buffers
+
     @property
     def is_quantized(self) -> bool:
         """Whether any matrix is packed."""
@@ -128,11 +135,7 @@ def load(
     options = LoadOptions(dtype=dtype, rope_linear=rope_linear)
     directory = path if isinstance(path, ModelDirectory) else open_model_directory(Path(path))
     config, chosen = directory.config_with(options), directory.dtype_with(options)
-    arrays: dict[str, mx.array] = {}
-    for file in sorted({ref.path for ref in directory.tensors.values()}):
-        arrays |= mx.load(str(file))  # pyright: ignore[reportArgumentType, reportOperatorIssue]
-    arrays = {name: arrays[name] for name in directory.tensors}  # without old buffers
-    model = build_model(config, arrays, dtype=chosen, on_block=on_block)
+    model = build_model(config, directory.arrays(), dtype=chosen, on_block=on_block)
     return Llama(
         model,
         directory.tokenizer,

@@ -108,6 +108,13 @@ class LlamaModel:
             yield h
         cache.advance(n_tokens)
 
+    def through(self, block: Block, h: mx.array) -> mx.array:
+        """Return the residual stream h (B, L, dim) of whole texts behind one block."""
+        cache = NoCache()
+        cache.begin(h.shape[1])
+        h = h + self._attention(0, block, h, cache, None)
+        return h + self._feed_forward(block, h)
+
     def logits(self, hidden: mx.array) -> mx.array:
         """Return the scores of the vocabulary, (..., V) float32, for hidden (..., dim)."""
         h = ops.rms_norm(hidden, self.norm, self.config.norm_eps)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Protocol
 
 import mlx.core as mx
@@ -136,21 +136,43 @@ def build_model(
     on_block(done, total) is called after each block.
     Raises CheckpointError for a missing tensor or a wrong shape.
     """
+    model = build_ends(config, arrays, dtype=dtype)
+    blocks: list[Block] = []
+    for block in build_blocks(config, arrays, dtype=dtype):
+        blocks.append(block)
+        if on_block is not None:
+            on_block(len(blocks), config.n_layers)
+    if unused := sorted(name for name in arrays if not name.startswith("lm_head.")):
+        raise CheckpointError(f"tensor {unused[0]} has no place in the model; it would be ignored")
+    model.blocks = tuple(blocks)
+    return model
+
+
+def build_ends(
+    config: ModelConfig, arrays: MutableMapping[str, mx.array], *, dtype: mx.Dtype
+) -> LlamaModel:
+    """Make the embedding, the last norm and the output, evaluated: a model without its blocks."""
     reader = _ArrayReader(config, arrays, dtype)
     embedding = reader.matrix(EMBEDDING)
     output = embedding if config.tied else reader.matrix(OUTPUT)
     norm = reader.vector(NORM)
     mx.eval([norm, *embedding.arrays(), *output.arrays()])
-    blocks: list[Block] = []
+    return LlamaModel(config, tok_embeddings=embedding, blocks=(), norm=norm, output=output)
+
+
+def build_blocks(
+    config: ModelConfig, arrays: MutableMapping[str, mx.array], *, dtype: mx.Dtype
+) -> Iterator[Block]:
+    """Yield the blocks in order, evaluated.
+
+    One at a time: joining rows holds both forms of what is evaluated together. Who keeps none
+    needs the memory of one.
+    """
+    reader = _ArrayReader(config, arrays, dtype)
     for index in range(config.n_layers):
-        blocks.append(_build_block(reader, index))
-        # One block at a time: joining rows holds both forms of what is evaluated together.
-        mx.eval(blocks[-1].arrays())
-        if on_block is not None:
-            on_block(index + 1, config.n_layers)
-    if unused := sorted(name for name in arrays if not name.startswith("lm_head.")):
-        raise CheckpointError(f"tensor {unused[0]} has no place in the model; it would be ignored")
-    return LlamaModel(config, tok_embeddings=embedding, blocks=blocks, norm=norm, output=output)
+        block = _build_block(reader, index)
+        mx.eval(block.arrays())
+        yield block
 
 
 def _build_block(reader: _ArrayReader, index: int) -> Block:
