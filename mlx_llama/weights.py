@@ -173,6 +173,7 @@ def build_blocks(
         block = _build_block(reader, index)
         mx.eval(block.arrays())
         yield block
+        del block  # or it would stay while the next one is made
 
 
 def _build_block(reader: _ArrayReader, index: int) -> Block:

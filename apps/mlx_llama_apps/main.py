@@ -25,13 +25,15 @@ from cyclopts import (
 
 import mlx_llama
 from mlx_llama.errors import MlxLlamaError, OptionError
-from mlx_llama_apps import chat, convert, pull, run, show, verify
+from mlx_llama_apps import chat, compare, convert, pull, run, show, verify
 from mlx_llama_apps.terminal import visible
 
 EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 1, 2, 130
 WHAT_TO_GIVE = {
     "MODEL": "a model directory, such as mlx-llama convert makes of a checkpoint",
     "SOURCE": "the folder of a checkpoint, Meta's files or Hugging Face's, or a hub name",
+    "A": "two models of one vocabulary, such as a model and what it was quantized from",
+    "B": "a second model, of the same vocabulary as the first",
     "NAME": "a hub name, such as meta-llama/Llama-3.2-1B-Instruct",
 }
 LONG_OPTION = re.compile(r"--[A-Za-z][\w-]*")
@@ -51,6 +53,7 @@ COMMANDS = {
     "show": show.show,
     "run": run.run,
     "chat": chat.chat,
+    "compare": compare.compare,
 }
 for _function in COMMANDS.values():
     app.command(_function)

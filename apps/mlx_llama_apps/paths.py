@@ -23,6 +23,14 @@ def data_folder() -> Path:
     return platformdirs.user_data_path(APP_NAME, appauthor=False)
 
 
+def cache_folder() -> Path:
+    """Return the folder of what can be made again."""
+    home = os.environ.get("MLX_LLAMA_HOME")
+    if home:
+        return Path(home).expanduser() / "cache"
+    return platformdirs.user_cache_path(APP_NAME, appauthor=False)
+
+
 def models_folder() -> Path:
     """Return the folder that `convert` writes to without --output."""
     return data_folder() / "models"

@@ -1,0 +1,232 @@
+"""Two models over one text: both in memory where they fit, else one block at a time.
+
+Some windows at a time go through all blocks of A, then of B, and what both say of them is scored.
+Walked block by block, a model takes the memory of one block, its two ends and the windows' hidden
+states, whatever its size; each block is read once for all the windows that are held.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from zipfile import BadZipFile
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_llama.cache import KVBits
+from mlx_llama.errors import CheckpointError
+from mlx_llama.loading import ModelDirectory
+from mlx_llama.memory import Demand, memory_found
+from mlx_llama.model import Block, LlamaModel
+from mlx_llama.options import LoadOptions
+from mlx_llama.weights import build_blocks, build_ends
+from mlx_llama_quantize.divergence import TokenScores, score_tokens
+from mlx_llama_quantize.windows import Windows
+
+SLICE_BYTES = 64 << 20  # of logits, both models' together with what is computed from them
+HIDDEN_BYTES = 256 << 20  # of the windows that go through the blocks together
+COPIES = 8  # arrays as large as one model's logits that scoring has alive
+
+OnProgress = Callable[[int, int], None]  # windows times blocks done, and in all
+
+
+class Side:
+    """One of the two models. is_resident: whether its blocks stay in memory."""
+
+    def __init__(self, directory: ModelDirectory, *, dtype: str | None, is_resident: bool) -> None:
+        options = LoadOptions(dtype=dtype)
+        self.directory = directory
+        self.config = directory.config
+        self.dtype = directory.dtype_with(options)
+        arrays = directory.arrays()
+        self.ends: LlamaModel = build_ends(self.config, arrays, dtype=self.dtype)
+        self._blocks: list[Block] | None = None
+        if is_resident:
+            self._blocks = list(build_blocks(self.config, arrays, dtype=self.dtype))
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the blocks, read anew unless they stay in memory."""
+        if self._blocks is not None:
+            return iter(self._blocks)
+        return build_blocks(self.config, self.directory.arrays(), dtype=self.dtype)
+
+    def hidden(
+        self, windows: Windows, chosen: range, on_window: Callable[[], None]
+    ) -> list[mx.array]:
+        """Return the states behind the last block at the scored positions: (P, dim) a window.
+
+        on_window is called after each window and block, and may raise to end it.
+        """
+        states = [
+            self.ends.tok_embeddings.rows(mx.array(windows.ids[number : number + 1]))
+            for number in chosen
+        ]
+        mx.eval(states)
+        for block in self.blocks():
+            for place, state in enumerate(states):
+                states[place] = self.ends.through(block, state)
+                mx.eval(states[place])
+                on_window()
+            del block  # before the next one is read
+        return [mx.contiguous(state[0, windows.scored]) for state in states]
+
+
+class Comparison:
+    """A comparison on its way: scores what is missing, keeps what is done.
+
+    a, b: of one vocabulary. dtype: of both models' activations; None takes what suits each.
+    is_resident: whether both stay in memory; None decides by what is free. states: a folder where
+    the scores are kept until the text is done, and found again by whoever compares the same.
+    """
+
+    def __init__(
+        self,
+        a: ModelDirectory,
+        b: ModelDirectory,
+        windows: Windows,
+        *,
+        dtype: str | None = None,
+        is_resident: bool | None = None,
+        states: Path | None = None,
+    ) -> None:
+        require_one_vocabulary(a, b)
+        self.windows = windows
+        self._directories, self._dtype = (a, b), dtype
+        self.is_resident = self._fits() if is_resident is None else is_resident
+        self._state = states and states / f"{_key(a, b, windows, dtype)}.npz"
+        self.done, self._parts = self._resumed()
+
+    def run(
+        self, *, on_progress: OnProgress | None = None, cancel: threading.Event | None = None
+    ) -> TokenScores:
+        """Score the text. KeyboardInterrupt when cancel is set, with what is done kept."""
+        sides = [
+            Side(each, dtype=self._dtype, is_resident=self.is_resident)
+            for each in self._directories
+        ]
+        n_blocks = sum(side.config.n_layers for side in sides)
+        total, passed = n_blocks * len(self.windows), n_blocks * self.done
+
+        def on_window() -> None:
+            nonlocal passed
+            passed += 1
+            if on_progress is not None:
+                on_progress(passed, total)
+            if cancel is not None and cancel.is_set():
+                raise KeyboardInterrupt
+
+        size = self.group_size(sides)
+        while self.done < len(self.windows):
+            chosen = range(self.done, min(self.done + size, len(self.windows)))
+            states = [side.hidden(self.windows, chosen, on_window) for side in sides]
+            for number, hidden_a, hidden_b in zip(chosen, *states, strict=True):
+                self._parts.append(self._score(sides, number, hidden_a, hidden_b))
+            self.done = chosen.stop
+            self._keep()
+        if self._state is not None:
+            self._state.unlink(missing_ok=True)
+        return TokenScores.joined(self._parts)
+
+    def group_size(self, sides: list[Side]) -> int:
+        """Return how many windows go through the blocks together."""
+        if self.is_resident:
+            return 1  # nothing is read anew, so progress is kept after every window
+        widest = max(side.config.dim * side.dtype.size for side in sides)
+        return max(1, HIDDEN_BYTES // (2 * self.windows.context * widest))
+
+    def _score(
+        self, sides: list[Side], number: int, hidden_a: mx.array, hidden_b: mx.array
+    ) -> TokenScores:
+        """Score one window, a slice of its logits at a time."""
+        vocab_size = self._directories[0].tokenizer.vocab_size
+        targets = mx.array(self.windows.targets(number))
+        size = max(1, SLICE_BYTES // (COPIES * 4 * vocab_size))
+        parts: list[TokenScores] = []
+        for start in range(0, self.windows.n_scored, size):
+            rows = slice(start, start + size)
+            # Without the rows of padding that an embedding may have.
+            logits_a, logits_b = (
+                side.ends.logits(hidden[rows])[:, :vocab_size]
+                for side, hidden in zip(sides, (hidden_a, hidden_b), strict=True)
+            )
+            parts.append(score_tokens(logits_a, logits_b, targets[rows]))
+        return TokenScores.joined(parts)
+
+    def _fits(self) -> bool:
+        """Whether both models and one window of the larger have room."""
+        found = memory_found()
+        if found is None:
+            return True
+        needed = 3 * SLICE_BYTES
+        for directory in self._directories:
+            dtype = directory.dtype_with(LoadOptions(dtype=self._dtype))
+            weights, context = directory.loaded_bytes(dtype), self.windows.context
+            needed += (
+                Demand(directory.config, weights, KVBits(), dtype, context).at(context, None).total
+            )
+        return needed <= found
+
+    # --- going on where it stopped ---------------------------------------------------------------
+
+    def _resumed(self) -> tuple[int, list[TokenScores]]:
+        """Return windows done and their scores; a damaged file is none."""
+        if self._state is None or not self._state.is_file():
+            return 0, []
+        try:
+            with self._state.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                scores = TokenScores(**{spec.name: file[spec.name] for spec in fields(TokenScores)})
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile):
+            return 0, []
+        done, rest = divmod(len(scores), self.windows.n_scored)
+        return (0, []) if rest or done > len(self.windows) else (done, [scores])
+
+    def _keep(self) -> None:
+        if self._state is None:
+            return
+        scores = TokenScores.joined(self._parts)
+        self._parts = [scores]
+        arrays = {spec.name: getattr(scores, spec.name) for spec in fields(scores)}
+        self._state.parent.mkdir(parents=True, exist_ok=True)
+        beside = self._state.with_name(f"{self._state.stem}.partial.npz")
+        np.savez(beside, **arrays)
+        beside.replace(self._state)
+
+
+def require_one_vocabulary(a: ModelDirectory, b: ModelDirectory) -> None:
+    """Raise CheckpointError unless both models' tokens are the same, one by one."""
+    one, other = a.tokenizer, b.tokenizer
+    if (one.vocab_size, one.family) != (other.vocab_size, other.family):
+        what = (
+            f"{one.vocab_size} tokens ({one.family}), {b.path.name} has {other.vocab_size} "
+            f"({other.family})"
+        )
+    else:
+        differing = next(
+            (n for n in range(one.vocab_size) if one.token_bytes(n) != other.token_bytes(n)), None
+        )
+        if differing is None:
+            return
+        what = f"another token {differing} than {b.path.name}"
+    raise CheckpointError(
+        f"{a.path.name} has {what}: only models of one vocabulary can be compared token by token"
+    )
+
+
+def _key(a: ModelDirectory, b: ModelDirectory, windows: Windows, dtype: str | None) -> str:
+    """Return what tells one comparison from another."""
+    digest = hashlib.sha256(windows.ids.tobytes())
+    for directory in (a, b):
+        files = sorted({ref.path for ref in directory.tensors.values()})
+        stats = [(str(file.resolve()), *_stat(file)) for file in files]
+        digest.update(json.dumps([stats, repr(directory.config), dtype]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _stat(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
