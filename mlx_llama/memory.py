@@ -13,7 +13,6 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_llama import ops
-from mlx_llama.attention import tile_rows
 from mlx_llama.cache.rows import GROUPS, PLAIN, KVBits, row_bytes
 from mlx_llama.config import ModelConfig
 from mlx_llama.errors import MemoryShortError
@@ -138,28 +137,31 @@ def _prompt_attention_bytes(
     config: ModelConfig, context: int, bits: KVBits, dtype: mx.Dtype, chunk: int
 ) -> int:
     heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    rows = tile_rows(config.n_heads, chunk)
+    rows = ops.attention_manner(dtype).tile_rows(config.n_heads, chunk)
     is_tiled = context > rows
     rows = min(rows, context)
-    # In half precision the scores stand beside their float32 copies.
-    halves = 3 * FLOAT32 if is_tiled else 3 * dtype.size
-    per_score = 2 * FLOAT32 if dtype == mx.float32 else halves
+    # In half precision the scores stand beside float32 copies; a tile's weights are float32, and
+    # become halves again for plain values.
+    per_score = 2 * FLOAT32
+    if dtype != mx.float32:
+        n_halves = 2 if is_tiled and bits.values == PLAIN else 1 if is_tiled else 3
+        per_score = (2 * FLOAT32 if is_tiled else 0) + n_halves * dtype.size
     scores = config.n_heads * chunk * rows * per_score
     projected = 2 * chunk * (heads + 2 * kv_heads) * dtype.size
     out = chunk * heads * (8 * FLOAT32 if is_tiled else 3 * dtype.size)
-    tile = 0 if bits.is_plain else 2 * rows * kv_heads * (FLOAT32 + dtype.size)
-    return scores + projected + out + tile
+    keys = (1 if bits.keys == PLAIN else 2) * rows * kv_heads * dtype.size if is_tiled else 0
+    # What the feed-forward layer before has not given back yet.
+    before = _feed_forward_bytes(config, dtype, chunk) // 8
+    return scores + projected + out + keys + before
 
 
 def _token_attention_bytes(config: ModelConfig, context: int, bits: KVBits, dtype: mx.Dtype) -> int:
-    scores = config.n_heads * context * (FLOAT32 if dtype == mx.float32 else 2 * FLOAT32)
-    # Packed products want rows without gaps and, on a CPU, float32 scales: copies of one layer.
-    copies = sum(
-        context * config.n_kv_heads * row_bytes(config.head_dim, each, FLOAT32)
-        for each in (bits.keys, bits.values)
-        if each != PLAIN
-    )
-    return scores + copies
+    is_float = dtype == mx.float32
+    scores = config.n_heads * context * FLOAT32 * (1 if is_float and bits.is_plain else 2)
+    # On a CPU packed products want float32 scales and biases.
+    n_packed = 0 if is_float else sum(each != PLAIN for each in (bits.keys, bits.values))
+    scales = row_bytes(config.head_dim, 8, FLOAT32) - config.head_dim if n_packed else 0
+    return scores + n_packed * context * config.n_kv_heads * scales
 
 
 def memory_found() -> int | None:
