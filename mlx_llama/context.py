@@ -93,7 +93,7 @@ def plan_context(
         )
     if needed is not None and needed <= capacity:
         capacity, reason, slides = needed, "prompt and --max-tokens", False
-    demand, found = Demand(config, weights, bits, dtype, chunk), memory_found()
+    demand, found = Demand(config, weights, bits, dtype, chunk, slides), memory_found()
     if options.context is None and 0 < (most := demand.largest_context(found)) < capacity:
         capacity, reason = most, "what fits into memory"
     plan = demand.at(capacity, found)

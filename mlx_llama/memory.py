@@ -26,7 +26,7 @@ class Demand:
     """What decides how much memory a model takes, but for the length of its context.
 
     weights: bytes still to be loaded. bits: of the cache. dtype: of activations. chunk: tokens of a
-    prompt that are computed at once.
+    prompt that are computed at once. slides: whether a full context forgets the oldest tokens.
     """
 
     config: ModelConfig
@@ -34,6 +34,7 @@ class Demand:
     bits: KVBits
     dtype: mx.Dtype
     chunk: int
+    slides: bool = False
 
     def at(self, context: int, found: int | None) -> MemoryPlan:
         """Predict the peak of filling a context; found: the memory that is free."""
@@ -125,7 +126,13 @@ def workspace_bytes(demand: Demand, context: int) -> int:
         _feed_forward_bytes(config, dtype, chunk),
         _prompt_attention_bytes(config, context, demand.bits, dtype, chunk),
         _token_attention_bytes(config, context, demand.bits, dtype),
-    )
+    ) + (_sliding_bytes(demand, context, chunk) if demand.slides else 0)
+
+
+def _sliding_bytes(demand: Demand, context: int, chunk: int) -> int:
+    """Count what a pass that overwrites has to keep: its rows in every layer, and its masks."""
+    rows = chunk * cache_bytes_per_token(demand.config, demand.bits, demand.dtype)
+    return rows + chunk * (context + chunk)
 
 
 def _feed_forward_bytes(config: ModelConfig, dtype: mx.Dtype, chunk: int) -> int:

@@ -150,8 +150,10 @@ def test_a_changed_history_is_computed_anew_where_it_was_forgotten(llama: Llama)
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("bits", [KVBits(), KVBits(8, 8), KVBits(8, 4)])
-@pytest.mark.parametrize("n_tokens", [512, 1536])
-def test_predicted_peak_is_the_real_one(bits: KVBits, n_tokens: int, dtype: mx.Dtype) -> None:
+@pytest.mark.parametrize(("n_tokens", "slides"), [(512, False), (1536, False), (1024, True)])
+def test_predicted_peak_is_the_real_one(
+    bits: KVBits, n_tokens: int, slides: bool, dtype: mx.Dtype
+) -> None:
     """On a model of 4 million parameters; the larger ones of the benchmark are nearer."""
     config = medium_config()
     arrays = {
@@ -162,9 +164,10 @@ def test_predicted_peak_is_the_real_one(bits: KVBits, n_tokens: int, dtype: mx.D
     weights = sum(array.nbytes for array in model.arrays())
     mx.clear_cache()
     others = mx.get_active_memory() - weights  # what other tests hold
-    cache = KVCache(config, capacity=n_tokens, bits=bits)
+    cache = KVCache(config, capacity=n_tokens, keep=4 * slides, slides=slides, bits=bits)
+    n_prompt = 2 * n_tokens if slides else n_tokens - 4
     request = Request(
-        ids=np.random.RandomState(1).randint(0, 200, n_tokens - 4).tolist(),
+        ids=np.random.RandomState(1).randint(0, 200, n_prompt).tolist(),
         options=GenerationOptions(max_tokens=4),
         sampler=lambda logits: mx.argmax(logits, keepdims=True),  # pyright: ignore
         detokenizer=NoText(),  # pyright: ignore
@@ -172,7 +175,7 @@ def test_predicted_peak_is_the_real_one(bits: KVBits, n_tokens: int, dtype: mx.D
         chunk=128,
     )
     assert len(list(generate(model, cache, request))) == 4
-    predicted = Demand(config, weights, bits, dtype, 128).at(n_tokens, None).total
+    predicted = Demand(config, weights, bits, dtype, 128, slides).at(n_tokens, None).total
     found = mx.get_peak_memory() - others
     assert abs(predicted / found - 1) < PEAK_TOLERANCE, (predicted, found)
 
