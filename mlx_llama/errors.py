@@ -43,3 +43,16 @@ class OutputError(MlxLlamaError):
 
 class DownloadError(MlxLlamaError):
     """The hub or the network refuses: no access, no such repository, no connection, wrong bytes."""
+
+
+def is_ctrl_c(error: BaseException) -> bool:
+    """Whether an exception is Ctrl-C, or what a waiting thread makes of it.
+
+    A signal that comes after `threading.Condition.wait` has let its lock go and before it waits
+    ends in a RuntimeError: the lock cannot be let go twice. Waiting for a future or a queue is the
+    same.
+    """
+    is_lost_lock = isinstance(error, RuntimeError) and isinstance(
+        error.__context__, KeyboardInterrupt
+    )
+    return is_lost_lock or isinstance(error, KeyboardInterrupt)

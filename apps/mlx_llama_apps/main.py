@@ -24,7 +24,7 @@ from cyclopts import (
 )
 
 import mlx_llama
-from mlx_llama.errors import MlxLlamaError, OptionError
+from mlx_llama.errors import MlxLlamaError, OptionError, is_ctrl_c
 from mlx_llama_apps import chat, compare, convert, pull, run, show, verify
 from mlx_llama_apps.terminal import visible
 
@@ -92,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error.filename or 'output'}: {error.strerror}", EXIT_ERROR, is_debugged)
     except Exception as error:
+        if is_ctrl_c(error):
+            return EXIT_CTRL_C
         line = f"unexpected {type(error).__name__}: {error}; --debug shows where"
         return _fail(line, EXIT_ERROR, is_debugged)
 

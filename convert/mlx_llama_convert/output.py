@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_llama.errors import CheckpointError, OutputError
+from mlx_llama.errors import CheckpointError, OutputError, is_ctrl_c
 from mlx_llama.strict_json import load_json
 from mlx_llama_convert.hashing import file_digests
 
@@ -80,8 +80,8 @@ def new_directory(
         raise OutputError(
             f"{error.filename or partial.folder}: {error.strerror or error}; {_left(partial)}"
         ) from error
-    except KeyboardInterrupt:
-        is_resumable = bool(partial.finished)
+    except BaseException as error:
+        is_resumable = is_ctrl_c(error) and bool(partial.finished)
         raise
     finally:
         if _holds(partial.folder, lock):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import mlx_llama
+from interrupts import lost_lock
 from mlx_llama_apps import main as main_module
 from mlx_llama_apps.main import main
 from shared_data import shared
@@ -231,6 +232,19 @@ def test_ctrl_c_in_a_conversion_leaves_nothing(tmp_path: Path, home: Path) -> No
         process.communicate(timeout=20)
     assert process.returncode == 130
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "home") == ["tiny"]
+
+
+def test_ctrl_c_that_costs_a_lock_is_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was an unexpected error, once in hundreds: "cannot release un-acquired lock"."""
+
+    def wait(*_: object, **__: object) -> None:
+        raise lost_lock()
+
+    monkeypatch.setattr(main_module, "app", wait)
+    assert main([]) == 130
+    assert capsys.readouterr().err == ""
 
 
 def test_full_disk_is_one_line(tmp_path: Path, home: Path) -> None:

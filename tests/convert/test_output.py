@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from interrupts import lost_lock
 from mlx_llama.errors import OutputError
 from mlx_llama_convert import output
 from mlx_llama_convert.output import JOURNAL, REPLACED, new_directory
@@ -166,12 +167,12 @@ def finish(target: Path, job: str, error: BaseException | None) -> None:
                 partial.finish(name, digest)
 
 
-STOPS = [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
+STOPS = [KeyboardInterrupt(), lost_lock(), OSError(errno.ENOSPC, "No space left on device")]
 
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_finished_files_are_kept_for_the_same_job(tmp_path: Path, stop: BaseException) -> None:
-    with pytest.raises((KeyboardInterrupt, OutputError)):
+    with pytest.raises((KeyboardInterrupt, RuntimeError, OutputError)):
         finish(tmp_path / "out", "a", stop)
     assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
     before = (tmp_path / "out.partial" / "one").stat().st_mtime_ns
