@@ -58,7 +58,7 @@ class Step:
     text may be empty (half a character, the beginning of a stop text) or cover earlier tokens.
     token_id is None only in a last step that follows no new token. logprob is the natural logarithm
     of the token's probability before penalties and temperature, when asked for. finish_reason is
-    set in the last step alone: eos, stop, length, context or cancelled.
+    set in the last step alone: eos, stop, length, context, timeout or cancelled.
     """
 
     token_id: int | None
@@ -76,7 +76,8 @@ class Request:
     ids: the whole prompt, of which the cache may hold the beginning. stop_ids end the answer and
     are not printed. chunk: tokens of the prompt that are computed at once. on_prefill(done, total)
     counts prompt tokens; on_forget(n) tells, each time it grows, how many tokens a sliding context
-    has dropped.
+    has dropped. begun: the last of the ids, when they are an answer that goes on, of whose text
+    n_shown characters were given out before.
     """
 
     ids: Sequence[int]
@@ -88,12 +89,19 @@ class Request:
     on_prefill: OnPrefill | None = None
     on_forget: OnForget | None = None
     cancel: threading.Event | None = None
+    begun: Sequence[int] = ()
+    n_shown: int = 0
     forgotten: int = 0  # as last told
+    started: float = field(default_factory=time.monotonic)
 
     @property
-    def is_cancelled(self) -> bool:
-        """Whether the caller wants no more."""
-        return self.cancel is not None and self.cancel.is_set()
+    def ending(self) -> str | None:
+        """Why the answer is to end here, if it is: the caller wants no more, or time is up."""
+        if self.cancel is not None and self.cancel.is_set():
+            return "cancelled"
+        timeout = self.options.timeout
+        is_late = timeout is not None and time.monotonic() - self.started >= timeout
+        return "timeout" if is_late else None
 
 
 @dataclass(slots=True)
@@ -186,14 +194,14 @@ def generate(model: LlamaModel, cache: KVCache, request: Request) -> Generator[S
     cache.reserve(n_prompt - cache.offset + int(min(budget - 1, RESERVE_AHEAD)))
     logits = prefill(model, cache, request)
     if logits is None:
-        yield Step(None, "", finish_reason="cancelled", stats=clock.stats(request, cache))
+        yield Step(None, "", finish_reason=request.ending, stats=clock.stats(request, cache))
         return
     draw = _Draw.of(logits, request)
     n_answer = 0
     while True:
-        if request.is_cancelled:
-            text = output.finish()
-            yield Step(None, text, finish_reason="cancelled", stats=clock.stats(request, cache))
+        if (ending := request.ending) is not None:
+            # Half a character stays held back: it is whole when the answer is continued.
+            yield Step(None, "", finish_reason=ending, stats=clock.stats(request, cache))
             return
         n_answer += 1
         following = None
@@ -205,7 +213,7 @@ def generate(model: LlamaModel, cache: KVCache, request: Request) -> Generator[S
         clock.count()
         text, reason = output.add(token_id)
         if reason is None and following is None:
-            reason, text = full, text + output.finish()
+            reason, text = full, text + output.rest()
         stats = clock.stats(request, cache) if reason else None
         yield Step(token_id, text, *draw.logprobs(token_id), reason, stats)
         if reason is not None or following is None:
@@ -235,12 +243,12 @@ def _tell_forgotten(cache: KVCache, request: Request) -> None:
 def prefill(model: LlamaModel, cache: KVCache, request: Request) -> mx.array | None:
     """Compute the prompt's uncached tokens slice by slice; return the last one's logits (V,).
 
-    Returns None when cancelled; the cache then holds whole slices. Evaluates all but the logits.
+    Returns None when it is to end; the cache then holds whole slices. Evaluates all but the logits.
     """
     ids, pace = request.ids, _Pace()
     hidden: mx.array | None = None
     while cache.offset < len(ids):
-        if request.is_cancelled:
+        if request.ending is not None:
             return None
         start = cache.offset
         stop = min(start + min(request.chunk, cache.pass_limit), len(ids))
@@ -266,7 +274,7 @@ def _prefill_pass(
     hidden, number = None, 0
     for number, hidden in enumerate(model.by_halves(tokens, cache, positions=LAST), 1):
         if number % pace.halves == 0:
-            if request.is_cancelled:
+            if request.ending is not None:
                 return None
             mx.eval(hidden, cache.arrays)
     mx.eval(hidden, cache.arrays)
@@ -322,14 +330,31 @@ class _Output:
         self._detokenizer = request.detokenizer
         self._stop_text = StopText(request.options.stop)
         self._stop_ids = frozenset() if request.options.ignore_eos else request.stop_ids
+        # An answer that goes on: its tokens are read again, for half a character or the beginning
+        # of a stop text that they end with.
+        before = sum(len(self._next(token)[0]) for token in request.begun)
+        self._owed = max(0, request.n_shown - before)
 
     def add(self, token_id: int) -> tuple[str, str | None]:
         if token_id in self._stop_ids:
             return self.finish(), "eos"
-        text, is_met = self._stop_text.add(self._detokenizer.add(token_id))
-        return text, "stop" if is_met else None
+        text, is_met = self._next(token_id)
+        return self._unshown(text), "stop" if is_met else None
 
     def finish(self) -> str:
         """Return what has been held back; a stop text may still hide in it."""
         text, is_met = self._stop_text.add(self._detokenizer.finish())
-        return text if is_met else text + self._stop_text.rest()
+        return self._unshown(text if is_met else text + self._stop_text.rest())
+
+    def rest(self) -> str:
+        """Return what is held back but for half a character, at the end of a cut answer."""
+        return self._unshown(self._stop_text.rest())
+
+    def _next(self, token_id: int) -> tuple[str, bool]:
+        return self._stop_text.add(self._detokenizer.add(token_id))
+
+    def _unshown(self, text: str) -> str:
+        """Return a text without what was given out before the answer was cut."""
+        shown = text[self._owed :]
+        self._owed = max(0, self._owed - len(text))
+        return shown

@@ -174,6 +174,12 @@ class GenerationOptions(SamplingOptions):
     max_tokens: int | None = _option(
         None, "end the answer after this many tokens (default: the context's end)", low=0
     )
+    timeout: float | None = _option(
+        None,
+        "end the answer after this many seconds, reading the prompt included (default: never)",
+        low=0.0,
+        high=1e9,
+    )
     stop: list[str] = _option([], "end the answer before this text; repeatable")
     ignore_eos: bool = _option(False, "go on after the model's end-of-text tokens")
     logprobs: int = _option(

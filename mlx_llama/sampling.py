@@ -100,6 +100,7 @@ class Sampler:
 
     options: with every choice made (`SamplingDefaults.fill`). prompt: ids that the repetition
     penalty counts too; presence and frequency look at the answer alone. bias: score by token id.
+    begun: the tokens that an answer already has; what follows is drawn as if it never paused.
     """
 
     def __init__(
@@ -109,9 +110,10 @@ class Sampler:
         vocab_size: int,
         prompt: Sequence[int],
         bias: Mapping[int, float],
+        begun: Sequence[int] = (),
     ) -> None:
         self._options = options
-        self._draws = 0
+        self._draws = len(begun)
         self._bias: mx.array | None = None
         if bias := {**bias, **dict.fromkeys(options.banned, -math.inf)}:
             ids = mx.array(list(bias))
@@ -120,6 +122,8 @@ class Sampler:
         self._counts: mx.array | None = None
         if options.presence_penalty or options.frequency_penalty or self._repetition != 1.0:
             self._counts = mx.zeros(vocab_size)
+            if begun:
+                self._counts = self._counts.at[mx.array(list(begun))].add(1.0)
         self._in_prompt: mx.array | None = None
         if self._repetition != 1.0 and prompt:
             self._in_prompt = mx.zeros(vocab_size).at[mx.array(sorted(set(prompt)))].add(1.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,15 @@ from mlx_llama.context import Context, plan_context
 from mlx_llama.errors import OptionError
 from mlx_llama.generation import OnForget, OnPrefill, Request, Step, generate
 from mlx_llama.options import ContextOptions, GenerationOptions, generation_options
-from mlx_llama.prompts import Message, as_messages
+from mlx_llama.prompts import Message, PromptFormat, as_messages
 from mlx_llama.sampling import Sampler, bias_by_token
 
 if TYPE_CHECKING:
     from mlx_llama.llama import Llama
+
+
+# Why an answer ends that has not come to its own end, and can be continued; None: it was closed.
+CUTS = (None, "cancelled", "timeout", "length", "context")
 
 
 @dataclass(slots=True)
@@ -30,7 +34,7 @@ class _Turn:
     """One answer on its way. given: the messages it answers, None for a plain text.
 
     opening: how many first ids are the system's, and kept when the context slides. steps: set when
-    it has begun. taken: what it has yielded.
+    it has begun. taken: what it has yielded. begun: the cut answer that it continues.
     """
 
     ids: list[int]
@@ -41,6 +45,7 @@ class _Turn:
     cancel: threading.Event | None
     given: list[Message] | None = None
     opening: int = 0
+    begun: Message | None = None
     steps: Generator[Step] | None = None
     taken: list[Step] = field(default_factory=list)
 
@@ -51,13 +56,23 @@ class Session:
     It has one answer at a time: beginning another ends the one before. options: how much it
     sees, and what happens beyond. is_single: whether there will be one answer only, so that the
     context need not be longer than that takes; it is decided when the answer begins.
+    prompt_format: how messages become tokens (default: the model's own).
     """
 
-    def __init__(self, llama: Llama, options: ContextOptions, *, is_single: bool = False) -> None:
+    def __init__(
+        self,
+        llama: Llama,
+        options: ContextOptions,
+        *,
+        is_single: bool = False,
+        prompt_format: PromptFormat | None = None,
+    ) -> None:
         self._llama = llama
         self._options = options
         self._is_single = is_single
+        self._given_format = prompt_format
         self._turn: _Turn | None = None
+        self._starts: dict[int, int] = {}  # by number of messages: tokens that a turn began with
         self.messages: list[Message] = []
         self.tokens: list[int] = []
         if not is_single:
@@ -88,21 +103,97 @@ class Session:
     ) -> Iterator[Step]:
         """Answer messages, which become the session's, with the answer behind them.
 
-        An answer that is cut (cancelled, closed early, out of tokens) is kept as far as it went;
-        after an error the session is as it was before.
+        An answer that is cut (cancelled, closed early, out of tokens or time) is kept as far as it
+        went, and marked; after an error the session is as it was before.
         date: shown in the system block of the formats that have one; None leaves the block out.
         """
         checked = generation_options(options)
         given = as_messages(messages)
         if not given or given[-1].role == "assistant":
             raise OptionError("messages: the last one must be there and not the assistant's")
-        prompt = self._llama.prompt_format
+        prompt = self.prompt_format
         ids = self._llama.prompt_ids(prompt.encode(given, date=date))
         at_start = prompt.strips_leading_space
         opening = self._opening(given, date)
         return self._steps(
             _Turn(ids, checked, at_start, on_prefill, on_forget, cancel, given, opening)
         )
+
+    def retry(self, **options: Any) -> Iterator[Step]:
+        """Answer the last question anew; the options are those of `stream`.
+
+        Raises OptionError when nothing was asked.
+        """
+        self._supersede()
+        return self.stream(self.messages[: self._last_question() + 1], **options)
+
+    def continue_answer(
+        self,
+        *,
+        date: str | None = None,
+        on_prefill: OnPrefill | None = None,
+        on_forget: OnForget | None = None,
+        cancel: threading.Event | None = None,
+        **options: Any,
+    ) -> Iterator[Step]:
+        """Go on with an answer that was cut; with its seed it goes on as if it had not been.
+
+        Yields what follows. Raises OptionError when the last message is no cut answer.
+        """
+        self._supersede()
+        if not self.can_continue:
+            raise OptionError("no answer was cut: there is nothing to continue")
+        checked = generation_options(options)
+        given, begun, prompt = self.messages[:-1], self.messages[-1], self.prompt_format
+        encoded = prompt.encode(self.messages, date=date, continue_last=True)
+        at_start = prompt.strips_leading_space and not begun.content
+        if begun.token_ids:
+            at_start = prompt.strips_leading_space
+        return self._steps(
+            _Turn(
+                self._llama.prompt_ids(encoded), checked, at_start, on_prefill, on_forget, cancel,
+                given, self._opening(given, date), begun,
+            )
+        )  # fmt: skip
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether the last message is an answer that was cut."""
+        return bool(self.messages) and self.messages[-1].is_cut
+
+    def undo(self) -> str:
+        """Take back the last question with its answer; return the question.
+
+        The cache is trimmed to where the turn began, so that the next one prefills its own tokens.
+        Raises OptionError when nothing was asked.
+        """
+        self._supersede()
+        number = self._last_question()
+        text = self.messages[number].content
+        self.messages = self.messages[:number]
+        start = min(self._starts.pop(number, self.cache.offset), self.cache.offset)
+        if not self.cache.window.is_lost(start):
+            self.cache.trim(self.cache.offset - start, gives_back=False)
+            del self.tokens[start:]
+        return text
+
+    def begin_sliding(self) -> None:
+        """Drop the oldest tokens behind the system's from now on, when the context is full."""
+        self._supersede()
+        self._options = replace(self._options, on_full="slide")
+        self.context = replace(self.context, slides=True)
+        self.cache.begin_sliding()
+
+    def cached_share(self, *, date: str | None = None) -> tuple[int, int]:
+        """Return how many tokens the cache counts, and how many of them the messages begin with.
+
+        They are the same but for what the next answer will compute anew.
+        """
+        self._supersede()
+        is_open = bool(self.messages) and self.messages[-1].role == "assistant"
+        asked = [*self.messages, Message("user", "a")] if is_open or not self.messages else None
+        ids = self.prompt_format.encode(asked or self.messages, date=date)
+        return len(self.tokens), _shared(self.tokens, ids)
 
     def complete(
         self,
@@ -124,8 +215,9 @@ class Session:
     def clear(self) -> None:
         """Forget everything: messages, tokens and cache."""
         self._supersede()
-        self.messages.clear()
+        self.messages = []
         self.tokens.clear()
+        self._starts.clear()
         self.cache.clear()
 
     def save_cache(self, path: Path) -> None:
@@ -146,12 +238,24 @@ class Session:
         llama = self._llama
         self.tokens = load_cache(path, self.cache, dtype=llama.dtype, fingerprint=llama.fingerprint)
 
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """How messages become tokens; UnsupportedModelError for a base model's own format."""
+        return self._given_format or self._llama.prompt_format
+
+    def _last_question(self) -> int:
+        """Return the number of the last message that is the user's."""
+        for number in range(len(self.messages) - 1, -1, -1):
+            if self.messages[number].role == "user":
+                return number
+        raise OptionError("nothing was asked yet")
+
     def _opening(self, messages: Sequence[Message], date: str | None) -> int:
         """Return how many tokens stand before the first message's text: the system's part."""
         if self._options.on_full != "slide":
             return 0
         system = [m for m in messages[:1] if m.role == "system"]
-        encode = self._llama.prompt_format.encode
+        encode = self.prompt_format.encode
         texts = [encode([*system, Message("user", text)], date=date) for text in ("a", "b")]
         return _shared(*texts)
 
@@ -168,6 +272,9 @@ class Session:
                 self._decide(needed=None if limit is None else len(turn.ids) + max(limit, 1))
             request = self._request(turn)
             self._reuse(turn.ids, self.context.kept(turn.opening))
+            if turn.given and turn.begun is None:
+                number, start = len(turn.given) - 1, self.cache.offset
+                self._starts[number] = min(start, self._starts.get(number, start))
             turn.steps = generate(self._llama.model, self.cache, request)
             for step in turn.steps:
                 turn.taken.append(step)
@@ -200,16 +307,23 @@ class Session:
         # A stop text is not part of the answer, but its tokens are among the ids.
         kept = None if reason == "stop" else tuple(answer[:-1] if reason == "eos" else answer)
         text = "".join(step.text for step in turn.taken)
-        self.messages = [*turn.given, Message("assistant", text, kept)]
+        if turn.begun is not None:
+            text = turn.begun.content + text
+            kept = None if kept is None or turn.begun.token_ids is None else (
+                *turn.begun.token_ids, *kept
+            )  # fmt: skip
+        self.messages = [*turn.given, Message("assistant", text, kept, reason in CUTS)]
 
     def _request(self, turn: _Turn) -> Request:
         llama = self._llama
         filled = llama.sampling_defaults.fill(turn.options)
+        begun = turn.begun.token_ids or () if turn.begun is not None else ()
         sampler = Sampler(
             filled,
             vocab_size=llama.config.vocab_size,
-            prompt=turn.ids,
+            prompt=turn.ids[: len(turn.ids) - len(begun)],
             bias=bias_by_token(filled.logit_bias, llama.tokenizer),
+            begun=begun,
         )
         return Request(
             ids=turn.ids,
@@ -221,6 +335,8 @@ class Session:
             on_prefill=turn.on_prefill,
             on_forget=turn.on_forget,
             cancel=turn.cancel,
+            begun=begun,
+            n_shown=len(turn.begun.content) if turn.begun is not None and begun else 0,
         )
 
     def _reuse(self, ids: Sequence[int], keep: int) -> None:

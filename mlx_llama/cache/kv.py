@@ -247,14 +247,17 @@ class KVCache:
 
     # --- forgetting ------------------------------------------------------------------------------
 
-    def trim(self, n_tokens: int) -> None:
-        """Forget the newest tokens; `forgotten` tells what else is missing. ValueError beyond."""
+    def trim(self, n_tokens: int, *, gives_back: bool = True) -> None:
+        """Forget the newest tokens; `forgotten` tells what else is missing. ValueError beyond.
+
+        gives_back: shorten buffers that are much too long, which copies what they hold.
+        """
         self.window.trim(n_tokens)
         if n_tokens and not self.offset:
             self.clear()
             return
         self._pending.clear()
-        if self.window.is_straight and self._rows > SLACK * max(self.offset, STEP):
+        if gives_back and self.window.is_straight and self._rows > SLACK * max(self.offset, STEP):
             self._rows = self._rounded(self.offset)
             for layer in self._layers:
                 layer.shrink(self._rows)
@@ -270,6 +273,10 @@ class KVCache:
             if not self.window.is_straight:
                 raise ValueError("what is kept cannot be chosen after tokens were forgotten")
             self.window = replace(self.window, keep=n_tokens)
+
+    def begin_sliding(self) -> None:
+        """Forget the oldest tokens from now on when it is full."""
+        self.window.slides = True
 
     def clear(self) -> None:
         """Forget everything and give the memory back."""

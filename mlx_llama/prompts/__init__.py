@@ -9,9 +9,10 @@ from mlx_llama.prompts.base import Message, PromptFormat, as_messages
 from mlx_llama.prompts.codellama70b import CodeLlama70bFormat
 from mlx_llama.prompts.llama2 import Llama2Format
 from mlx_llama.prompts.llama3 import Llama3Format
+from mlx_llama.prompts.plain import PlainFormat
 from mlx_llama.tokenizer.base import Tokenizer
 
-__all__ = ["Message", "PromptFormat", "as_messages", "prompt_format"]
+__all__ = ["Message", "PlainFormat", "PromptFormat", "as_messages", "prompt_format"]
 
 
 def prompt_format(kind: Kind, tokenizer: Tokenizer) -> PromptFormat:

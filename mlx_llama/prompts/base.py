@@ -21,12 +21,14 @@ class Message:
 
     role: one of ROLES; "ipython" is Llama 3's word for "tool". token_ids: of an answer, the tokens
     that the model generated, without the one that ended it; they stand for the content in later
-    prompts, which then extend what a cache holds.
+    prompts, which then extend what a cache holds. is_cut: the answer did not come to its own end,
+    and can be continued.
     """
 
     role: str
     content: str
     token_ids: tuple[int, ...] | None = None
+    is_cut: bool = False
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:

@@ -1,0 +1,191 @@
+"""Turning back and going on: undo, retry, a cut answer continued as if it had not been cut."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mlx_llama
+from mlx_llama import Llama, Message, Session
+from mlx_llama.errors import OptionError
+from mlx_llama.options import ContextOptions
+from mlx_llama.prompts import PlainFormat
+
+KINDS = ["chat_model", "llama2_chat_model", "base_model"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def llama(request: pytest.FixtureRequest) -> Llama:
+    return mlx_llama.load(request.getfixturevalue(request.param))
+
+
+def begin(llama: Llama, **context: object) -> Session:
+    """A session with any model: a base model's goes on with the user's text."""
+    plain = PlainFormat(llama.tokenizer) if llama.kind.is_base else None
+    return Session(llama, ContextOptions(**context), prompt_format=plain)  # pyright: ignore
+
+
+def answer(session: Session, text: str, **options: object) -> str:
+    return "".join(step.text for step in session.ask(text, **{"seed": 5, **options}))
+
+
+OPTIONS = [
+    {"temperature": 0},
+    {"temperature": 1.5, "top_p": 1.0, "seed": 7},
+    {"temperature": 1.5, "seed": 3, "presence_penalty": 0.5, "frequency_penalty": 0.7},
+    {"temperature": 1.0, "seed": 4, "repetition_penalty": 1.3},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("n_first", [1, 4, 11])
+def test_continued_answer_is_the_one_that_was_not_cut(
+    llama: Llama, options: dict[str, object], n_first: int
+) -> None:
+    """Whole answers are compared: text and tokens, through broken characters too."""
+    options = {"ignore_eos": True, **options}
+    whole = begin(llama)
+    text = answer(whole, "hello", max_tokens=24, **options)
+    cut = begin(llama)
+    shown, cancel = "", threading.Event()
+    for number, step in enumerate(cut.ask("hello", cancel=cancel, **options), 1):
+        shown += step.text
+        if number == n_first:
+            cancel.set()
+    assert cut.messages[-1].is_cut
+    assert text.startswith(shown)
+    rest = cut.continue_answer(max_tokens=24 - n_first, **options)
+    assert shown + "".join(step.text for step in rest) == text
+    assert cut.messages == whole.messages
+
+
+def test_answer_cut_by_its_length_shows_nothing_twice(llama: Llama) -> None:
+    options = {"ignore_eos": True, "seed": 9, "temperature": 2.0, "top_p": 1.0}
+    whole = begin(llama)
+    answer(whole, "hello", max_tokens=30, **options)
+    pieces = begin(llama)
+    answer(pieces, "hello", max_tokens=1, **options)
+    for _ in range(29):
+        list(pieces.continue_answer(max_tokens=1, **options))
+    assert whole.messages == pieces.messages
+
+
+def test_stop_text_is_found_across_a_cut(llama: Llama) -> None:
+    options = {"ignore_eos": True, "temperature": 0}
+    text = answer(begin(llama), "hello", max_tokens=24, **options)
+    stop = text[3:7]
+    whole = begin(llama)
+    expected = answer(whole, "hello", stop=[stop], max_tokens=24, **options)
+    for n_first in range(1, 8):
+        cut = begin(llama)
+        answer(cut, "hello", stop=[stop], max_tokens=n_first, **options)
+        if cut.can_continue:
+            list(cut.continue_answer(stop=[stop], max_tokens=24, **options))
+        assert cut.messages[-1].content[: len(expected)] == expected
+
+
+def test_only_a_cut_answer_is_continued(llama: Llama) -> None:
+    session = begin(llama)
+    for _ in range(2):
+        with pytest.raises(OptionError, match="nothing to continue"):
+            session.continue_answer()
+        session.messages = [Message("user", "a"), Message("assistant", "b")]
+
+
+def test_undo_takes_back_a_turn_and_its_tokens(llama: Llama) -> None:
+    session = begin(llama)
+    held, messages = [], []
+    for text in ("hello", "the thing", "in"):
+        messages.append(list(session.messages))
+        answer(session, text, max_tokens=5)
+        held.append(session._starts[len(messages[-1])])
+    for text in ("in", "the thing", "hello"):
+        assert session.undo() == text
+        assert session.messages == messages.pop()
+        assert session.cache.offset == len(session.tokens) == held.pop()
+    with pytest.raises(OptionError, match="nothing was asked"):
+        session.undo()
+
+
+def test_turn_after_undo_prefills_its_own_tokens(llama: Llama) -> None:
+    session = begin(llama)
+    answer(session, "hello", max_tokens=6)
+    answer(session, "the thing", max_tokens=6)
+    first = session.tokens[: session._starts[2]]
+    session.undo()
+    *_, last = session.ask("in", max_tokens=2, temperature=0)
+    assert last.stats is not None
+    assert last.stats.cached_tokens == len(first)
+    prompt = session.prompt_format.encode(session.messages[:-1])
+    fresh = llama.logits(prompt, positions=[-1])[0]
+    assert session.messages[-1].token_ids is not None
+    assert session.messages[-1].token_ids[0] == int(np.argmax(np.array(fresh)))
+
+
+def test_retry_answers_the_same_question(llama: Llama) -> None:
+    session = begin(llama)
+    answer(session, "hello", max_tokens=6)
+    answer(session, "the thing", max_tokens=6, seed=1, temperature=3.0)
+    before = session.messages
+    *_, last = session.retry(max_tokens=6, seed=2, temperature=3.0)
+    assert last.stats is not None
+    assert last.stats.prompt_tokens - last.stats.cached_tokens == 1
+    assert session.messages[:-1] == before[:-1]
+    assert session.messages[-1] != before[-1]
+
+
+def test_cuts_at_random_moments_leave_history_and_cache_in_agreement(llama: Llama) -> None:
+    """What is cached is always what the messages begin with, token for token."""
+    session, dice = begin(llama), random.Random(8)
+    for number in range(60):
+        cancel, n_first = threading.Event(), dice.randrange(7)
+        if n_first == 0:
+            cancel.set()
+        wish = dice.choice(["ask", "ask", "continue", "retry", "undo"])
+        if not session.messages or session.cache.offset > 1500:
+            wish = "ask" if not session.messages else "undo"
+        if wish == "continue" and not session.can_continue:
+            wish = "ask"
+        if wish == "undo":
+            session.undo()
+        else:
+            hooks = {"cancel": cancel, "seed": number, "temperature": 1.0, "max_tokens": 9}
+            match wish:
+                case "ask":
+                    steps = session.ask("the thing", **hooks)
+                case "retry":
+                    steps = session.retry(**hooks)
+                case _:
+                    steps = session.continue_answer(**hooks)
+            for count, _ in enumerate(steps, 1):
+                if count >= n_first:
+                    cancel.set()
+        held, shared = session.cached_share()
+        assert held == session.cache.offset
+        # The token that ended an answer may differ from the format's.
+        assert shared >= held - 1, wish
+
+
+def test_full_context_can_begin_to_slide(chat_model: Path) -> None:
+    llama = mlx_llama.load(chat_model)
+    session = begin(llama, context=64)
+    session.messages = [Message("system", "the thing")]
+    *_, last = session.ask("hello", ignore_eos=True, seed=1)
+    assert last.finish_reason == "context"
+    session.begin_sliding()
+    *_, last = session.continue_answer(ignore_eos=True, seed=1, max_tokens=40)
+    assert last.finish_reason == "length"
+    assert last.stats is not None
+    assert last.stats.forgotten_tokens > 0
+    assert session.cache.keep > 4
+
+
+def test_answer_ends_when_its_time_is_up(llama: Llama) -> None:
+    session = begin(llama)
+    *_, last = session.ask("hello", timeout=0.0)
+    assert last.finish_reason == "timeout"
+    assert session.can_continue
