@@ -16,6 +16,7 @@ from mlx_llama.options import ContextOptions
 
 DEFAULT_CONTEXT = 8192  # what every Llama 3 reads well, and 1 GB of cache for an 8B
 LEAST_KEPT = 4  # attention sinks: arXiv 2309.17453, table 2
+LEAST_SLIDING = LEAST_KEPT + 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,9 @@ class Context:
             return 0
         keep = max(LEAST_KEPT, opening) if self.keep is None else self.keep
         if keep > self.capacity - 2:
-            what = "the system prompt and what frames it" if self.keep is None else "--keep"
+            what = "--keep"
+            if self.keep is None:
+                what = "the system prompt and what frames it" if opening else "what begins a text"
             raise OptionError(
                 f"--on-full slide: {what} keeps {keep} tokens, the context holds {self.capacity}; "
                 "raise --context or give a smaller --keep"
@@ -93,7 +96,10 @@ def plan_context(
         )
     if needed is not None and needed <= capacity:
         capacity, reason, slides = needed, "prompt and --max-tokens", False
-    demand, found = Demand(config, weights, bits, dtype, chunk, slides), memory_found()
+    demand, found = (
+        Demand(config, weights, bits, dtype, chunk, slides, options.kv_start),
+        memory_found(),
+    )
     if options.context is None and 0 < (most := demand.largest_context(found)) < capacity:
         capacity, reason = most, "what fits into memory"
     plan = demand.at(capacity, found)

@@ -118,6 +118,10 @@ class _Clock:
         if self.first is None:
             self.first = time.perf_counter()
 
+    def last_step(self, reason: str | None, request: Request, cache: KVCache) -> Step:
+        """Return what ends an answer behind its last token."""
+        return Step(None, "", finish_reason=reason, stats=self.stats(request, cache))
+
     def stats(self, request: Request, cache: KVCache) -> Stats:
         now = time.perf_counter()
         first = self.first or now
@@ -189,19 +193,19 @@ def generate(model: LlamaModel, cache: KVCache, request: Request) -> Generator[S
     clock = _Clock(cached_tokens=cache.offset)
     output = _Output(request)
     if budget == 0:
-        yield Step(None, "", finish_reason=full, stats=clock.stats(request, cache))
+        yield clock.last_step(full, request, cache)
         return
     cache.reserve(n_prompt - cache.offset + int(min(budget - 1, RESERVE_AHEAD)))
     logits = prefill(model, cache, request)
     if logits is None:
-        yield Step(None, "", finish_reason=request.ending, stats=clock.stats(request, cache))
+        yield clock.last_step(request.ending, request, cache)
         return
     draw = _Draw.of(logits, request)
     n_answer = 0
     while True:
-        if (ending := request.ending) is not None:
+        if not _keep_up(cache, request):
             # Half a character stays held back: it is whole when the answer is continued.
-            yield Step(None, "", finish_reason=ending, stats=clock.stats(request, cache))
+            yield clock.last_step(request.ending, request, cache)
             return
         n_answer += 1
         following = None
@@ -233,6 +237,13 @@ def _room(cache: KVCache, n_prompt: int) -> float:
     return cache.capacity - n_prompt
 
 
+def _keep_up(cache: KVCache, request: Request) -> bool:
+    """Do a cache's upkeep, unless the answer is to end first; say whether it goes on."""
+    if request.ending is not None:
+        return False
+    return all(request.ending is None for _ in cache.upkeep())
+
+
 def _tell_forgotten(cache: KVCache, request: Request) -> None:
     if cache.forgotten > request.forgotten:
         request.forgotten = cache.forgotten
@@ -248,7 +259,7 @@ def prefill(model: LlamaModel, cache: KVCache, request: Request) -> mx.array | N
     ids, pace = request.ids, _Pace()
     hidden: mx.array | None = None
     while cache.offset < len(ids):
-        if request.ending is not None:
+        if not _keep_up(cache, request):
             return None
         start = cache.offset
         stop = min(start + min(request.chunk, cache.pass_limit), len(ids))

@@ -13,11 +13,17 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_llama import ops
+from mlx_llama.cache.kv import STEP
 from mlx_llama.cache.rows import GROUPS, PLAIN, KVBits, row_bytes
 from mlx_llama.config import ModelConfig
 from mlx_llama.errors import MemoryShortError
 
 FLOAT32 = 4
+CGROUPS = Path("/sys/fs/cgroup")
+CGROUP_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 CHOICES = (KVBits(16, 16), KVBits(8, 8), KVBits(4, 4))
 
 
@@ -27,6 +33,7 @@ class Demand:
 
     weights: bytes still to be loaded. bits: of the cache. dtype: of activations. chunk: tokens of a
     prompt that are computed at once. slides: whether a full context forgets the oldest tokens.
+    packed_from: tokens that are cached as computed before all are packed.
     """
 
     config: ModelConfig
@@ -35,13 +42,14 @@ class Demand:
     dtype: mx.Dtype
     chunk: int
     slides: bool = False
+    packed_from: int = 0
 
     def at(self, context: int, found: int | None) -> MemoryPlan:
         """Predict the peak of filling a context; found: the memory that is free."""
         return MemoryPlan(
             context=context,
             weights=self.weights,
-            cache=context * cache_bytes_per_token(self.config, self.bits, self.dtype),
+            cache=cache_bytes(self, context),
             workspace=workspace_bytes(self, context),
             found=found,
             is_proven=ops.backend() == "cpu",
@@ -108,6 +116,19 @@ def require_memory(demand: Demand, plan: MemoryPlan) -> None:
     )
 
 
+def cache_bytes(demand: Demand, context: int) -> int:
+    """Return the most that the cached tokens take while a context is filled."""
+    config, dtype = demand.config, demand.dtype
+    packed = cache_bytes_per_token(config, demand.bits, dtype)
+    if demand.bits.is_plain or demand.packed_from == 0:
+        return context * packed
+    plain_tokens = min(context, -(-demand.packed_from // STEP) * STEP)
+    plain = cache_bytes_per_token(config, KVBits(), dtype)
+    # One layer stands in both forms while it is packed.
+    both = plain_tokens * (plain + packed // config.n_layers)
+    return max(both, context * packed)
+
+
 def cache_bytes_per_token(config: ModelConfig, bits: KVBits, dtype: mx.Dtype) -> int:
     """Return what one token takes in all layers, plain or packed."""
     row = sum(row_bytes(config.head_dim, each, dtype.size) for each in (bits.keys, bits.values))
@@ -121,10 +142,11 @@ def workspace_bytes(demand: Demand, context: int) -> int:
     bfloat16, on shapes from 4M parameters to an 8B's.
     """
     config, dtype = demand.config, demand.dtype
-    chunk = min(demand.chunk, context)
+    chunk = demand.chunk if demand.slides else min(demand.chunk, context)
+    seen = context + chunk if demand.slides else context
     return max(
         _feed_forward_bytes(config, dtype, chunk),
-        _prompt_attention_bytes(config, context, demand.bits, dtype, chunk),
+        _prompt_attention_bytes(config, seen, demand.bits, dtype, chunk),
         _token_attention_bytes(config, context, demand.bits, dtype),
     ) + (_sliding_bytes(demand, context, chunk) if demand.slides else 0)
 
@@ -200,10 +222,43 @@ def _linux_available() -> int | None:
 
 
 def _cgroup_left() -> int | None:
-    folder = Path("/sys/fs/cgroup")
+    """Return the least that the process's control groups leave, from its own to the root's."""
+    found = [
+        left
+        for folder in _cgroup_folders()
+        for names in CGROUP_FILES
+        if (left := _left_in(folder, *names)) is not None
+    ]
+    return min(found, default=None)
+
+
+def _cgroup_folders() -> list[Path]:
+    """Return the folders of the process's groups, of both versions, up to the roots."""
     try:
-        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
-        used = (folder / "memory.current").read_text(encoding="ascii").strip()
-        return int(limit) - int(used)
-    except (OSError, ValueError):  # no cgroup v2, or "max"
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    folders: list[Path] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = CGROUPS / "memory" if controllers else CGROUPS
+        # Inside a container the path may be the host's, of which only the root is mounted.
+        inner = Path(path.lstrip("/"))
+        folders += [root / part for part in (inner, *inner.parents)]
+    return folders
+
+
+def _left_in(folder: Path, limit: str, used: str) -> int | None:
+    try:
+        most = int((folder / limit).read_text(encoding="ascii"))
+        taken = int((folder / used).read_text(encoding="ascii"))
+        stat = dict(
+            line.split() for line in (folder / "memory.stat").read_text("ascii").splitlines()
+        )
+    except (OSError, ValueError):  # no such group, or "max"
         return None
+    # What was read from files is given up when it is wanted.
+    spare = int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
+    return most - max(0, taken - spare)

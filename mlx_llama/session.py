@@ -7,6 +7,7 @@ the ids that the model chose, so that the next prompt begins with exactly what i
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -48,6 +49,11 @@ class _Turn:
     begun: Message | None = None
     steps: Generator[Step] | None = None
     taken: list[Step] = field(default_factory=list)
+
+    @property
+    def answer(self) -> list[int]:
+        """The tokens that it has yielded."""
+        return [step.token_id for step in self.taken if step.token_id is not None]
 
 
 class Session:
@@ -220,15 +226,16 @@ class Session:
         self._starts.clear()
         self.cache.clear()
 
-    def save_cache(self, path: Path) -> None:
+    def save_cache(self, path: str | Path) -> None:
         """Write the tokens and what the cache holds of them; an answer on its way is ended.
 
         Raises OSError as the disk gives it, with nothing half written.
         """
         self._supersede()
-        save_cache(path, self.cache, tokens=self.tokens, fingerprint=self._llama.fingerprint)
+        fingerprint = self._llama.fingerprint
+        save_cache(Path(path), self.cache, tokens=self.tokens, fingerprint=fingerprint)
 
-    def load_cache(self, path: Path) -> None:
+    def load_cache(self, path: str | Path) -> None:
         """Take up what `save_cache` wrote, so that a text that begins so is not computed again.
 
         The messages are the caller's to restore. Raises CheckpointError, with the reason, for a
@@ -236,7 +243,21 @@ class Session:
         """
         self._supersede()
         llama = self._llama
-        self.tokens = load_cache(path, self.cache, dtype=llama.dtype, fingerprint=llama.fingerprint)
+        self.tokens = load_cache(
+            Path(path), self.cache, dtype=llama.dtype, fingerprint=llama.fingerprint
+        )
+
+    def fork(self) -> Session:
+        """Return the same conversation; each side goes on by itself.
+
+        Both share what is cached until one of them writes to it.
+        """
+        self._supersede()
+        other = copy.copy(self)
+        other.messages, other.tokens = list(self.messages), list(self.tokens)
+        other._starts = dict(self._starts)
+        other.cache = self.cache.fork()
+        return other
 
     @property
     def prompt_format(self) -> PromptFormat:
@@ -282,7 +303,7 @@ class Session:
         finally:
             if self._turn is turn:
                 self._settle(turn)
-                if not turn.taken:
+                if not turn.answer:
                     self.messages = before
 
     def _supersede(self) -> None:
@@ -296,12 +317,12 @@ class Session:
         if turn.steps is None:
             return
         turn.steps.close()
-        answer = [step.token_id for step in turn.taken if step.token_id is not None]
+        answer = turn.answer
         known = [*turn.ids, *answer]
         # A step that was queued early may have cached a token that was never read.
         self.cache.trim(max(0, self.cache.offset - len(known)))
         self.tokens = known[: self.cache.offset]
-        if turn.given is None or not turn.taken:
+        if turn.given is None or not answer:
             return
         reason = turn.taken[-1].finish_reason
         # A stop text is not part of the answer, but its tokens are among the ids.

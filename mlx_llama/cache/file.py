@@ -26,6 +26,8 @@ from mlx_llama.strict_json import parse_json_bytes
 from mlx_llama.tensor_ref import TensorRef
 
 VERSION = 1
+MOST_TOKENS = 1 << 40
+MOST_SHOWN = 150  # letters of what a file says
 TOKENS = "tokens"
 
 
@@ -35,11 +37,13 @@ def save_cache(
     """Write a cache and the ids that it counts; one layer's keys or values are copied at a time.
 
     fingerprint: what tells the model from others, by name. Raises ValueError when ids and cache
-    disagree; OSError as the disk gives it, with nothing half written.
+    disagree, or for a batch; OSError as the disk gives it, with nothing half written.
     """
     if len(tokens) != cache.offset:
         raise ValueError(f"{len(tokens)} tokens for a cache of {cache.offset}")
     arrays = dict(_arrays(cache, tokens))
+    if any(array.ndim > 1 and array.shape[0] != 1 for array in arrays.values()):
+        raise ValueError("a cache of several texts cannot be saved as one")
     entries: list[Entry] = [
         (name, str(a.dtype).removeprefix("mlx.core."), a.shape) for name, a in arrays.items()
     ]
@@ -67,16 +71,11 @@ def load_cache(
     """
     refs, metadata = open_with_metadata(path)
     state, model = (_object(path, metadata, name) for name in ("cache", "model"))
-    if state.get("version") != VERSION:
-        raise _refusal(
-            path, f"version {state.get('version')!s:.20} of the format, expected {VERSION}"
-        )
+    if not _is_same(found := state.get("version"), VERSION):
+        raise _refusal(path, f"version {_shown(found)} of the format, expected {VERSION}")
     for name, expected in fingerprint.items():
-        if model.get(name) != expected:
-            raise _refusal(
-                path,
-                f"another model's: {name} {model.get(name)!s:.100}, here {expected:.100}",
-            )
+        if not _is_same(found := model.get(name), expected):
+            raise _refusal(path, f"another model's: {name} {_shown(found)}, here {expected}")
     _check_storage(path, cache, state)
     window = _window(path, cache, state)
     is_packed = state.get("is_packed") is True
@@ -130,14 +129,23 @@ def _refusal(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path}: this saved cache is {what}; the text must be computed anew")
 
 
+def _shown(found: object) -> str:
+    """Return what a file says as part of a line: it is not trusted to be one, or short."""
+    return repr(str(found)[:MOST_SHOWN])[1:-1]
+
+
+def _is_same(found: object, expected: object) -> bool:
+    """Compare with the type: JSON's true is no 1."""
+    return type(found) is type(expected) and found == expected
+
+
 def _check_storage(path: Path, cache: KVCache, state: Mapping[str, Any]) -> None:
-    found = (str(state.get("bits")), state.get("packed_from"))
-    expected = (str(cache.bits), cache.packed_from)
-    if found != expected:
+    bits, start = state.get("bits"), state.get("packed_from")
+    if not _is_same(bits, str(cache.bits)) or not _is_same(start, cache.packed_from):
         raise _refusal(
             path,
-            "of --kv-bits {:.20} --kv-start {!s:.20}, ".format(*found)
-            + "here --kv-bits {} --kv-start {}".format(*expected),
+            f"of --kv-bits {_shown(bits)} --kv-start {_shown(start)}, here --kv-bits {cache.bits} "
+            f"--kv-start {cache.packed_from}",
         )
 
 
@@ -145,8 +153,8 @@ def _window(path: Path, cache: KVCache, state: Mapping[str, Any]) -> Window:
     """Return the counts of a file, in the window of the cache that takes them up."""
     names = ("offset", "first", "shift", "keep", "capacity")
     numbers = [state.get(name) for name in names]
-    if any(type(number) is not int for number in numbers):
-        raise _refusal(path, "damaged: a count is missing or no whole number")
+    if any(type(number) is not int or abs(number) > MOST_TOKENS for number in numbers):
+        raise _refusal(path, "damaged: a count is missing or no possible number")
     offset, first, shift, keep, capacity = cast(list[int], numbers)
     slides = state.get("slides") is True
     here = cache.window
@@ -178,7 +186,6 @@ def _expected(
     """Yield dtype and shape of each array that a file with these counts holds, by name."""
     yield TOKENS, ("uint32", (window.offset,))
     config, name = cache.config, str(dtype).removeprefix("mlx.core.")
-    n_rows = window.offset if window.is_straight else window.capacity
     for index in range(config.n_layers if window.offset else 0):
         for kind, bits in _stored_bits(cache, is_packed=is_packed):
             parts = [(name, config.head_dim)]
@@ -186,7 +193,7 @@ def _expected(
                 scales = (name, config.head_dim // group_size(config.head_dim))
                 parts = [("uint32", config.head_dim * bits // 32), scales, scales]
             for part, (of, width) in enumerate(parts):
-                yield _name(index, kind, part), (of, (1, config.n_kv_heads, n_rows, width))
+                yield _name(index, kind, part), (of, (1, config.n_kv_heads, window.n_rows, width))
 
 
 def _stored_bits(cache: KVCache, *, is_packed: bool) -> tuple[tuple[str, int], tuple[str, int]]:

@@ -3,11 +3,14 @@
 A cache is owned by the caller, not by attention. A pass of the model calls `begin` once, `append`
 once a layer and `advance` once at the end. A pass that is given up before `advance` never was, but
 that a single token in a full ring has taken the row of the oldest one, which is then forgotten.
+What a cache must do between passes (`upkeep`) comes in pieces, each of which is done or not, so
+that it can be left at any of them and gone on with.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -22,7 +25,7 @@ from mlx_llama.rope import angles_back, rope_periods, turn_back
 
 UNPACKED = KVBits()
 STEP = 256  # tokens; buffers grow and shrink by multiples of it
-TURN_ROWS = 2048  # keys that are turned back at once, in float32
+TURN_ROWS = 1024  # keys that are turned back at once, in float32
 SLACK = 4  # a buffer that is this many times too long is given back
 
 
@@ -99,6 +102,8 @@ class KVCache:
         self._layers = [Layer() for _ in range(config.n_layers)]
         self._is_packed = packed_from == 0 or bits.is_plain
         self._rows = 0  # length of the buffers, for those that exist and those to come
+        self._reserved = 0  # what they shall become, when it is too early
+        self._done = 0  # pieces of the upkeep that is under way
         self._pending: dict[int, tuple[Stored, Stored]] = {}  # a pass's rows, kept until it is over
         self._sight = Sight(0, 0)
         self._is_straight = True  # whether the pass's rows simply follow those before it
@@ -176,10 +181,11 @@ class KVCache:
 
     def reserve(self, n_tokens: int) -> None:
         """Make room for so many more tokens, as far as the capacity goes."""
-        self._rows = max(self._rows, self._rounded(self.offset + n_tokens))
+        self._reserved = self._rounded(self.offset + n_tokens)
+        self._rows = max(self._rows, self._allowed(self._reserved))
 
     def begin(self, n_tokens: int) -> None:
-        """Prepare for a pass: turn positions back, pack and grow where it is due.
+        """Prepare for a pass: do what upkeep is left, and grow.
 
         Raises ContextOverflowError for a full cache, ValueError for a pass beyond `pass_limit`.
         """
@@ -187,13 +193,11 @@ class KVCache:
         self.window.check(n_tokens)
         if n_tokens > self.pass_limit:
             raise ValueError(f"a pass of {n_tokens} tokens, at most {self.pass_limit} may come")
-        if self.window.must_turn:
-            self._turn_back()
-        if not self._is_packed and self.offset >= self.packed_from:
-            self._pack()
+        for _ in self.upkeep():
+            pass
         needed = min(self.offset + n_tokens, self.capacity)
         if needed > self._rows:
-            self._rows = self._rounded(max(needed, 2 * self._rows))
+            self._rows = self._allowed(self._rounded(max(needed, 2 * self._rows)))
         self._is_straight = self.window.is_straight and self.offset + n_tokens <= self.capacity
         self._sight = self._sight_of(n_tokens)
         if n_tokens == 1 and not self._is_straight:
@@ -211,7 +215,7 @@ class KVCache:
             return View(((rows.keys.rows(0, stop), rows.values.rows(0, stop)),), self._sight)
         # What the first queries of the pass still see must not be overwritten by its last tokens.
         new = self._pending[layer] = (new[0].owned(), new[1].owned())
-        held = window.offset if window.is_straight else self.capacity
+        held = window.n_rows
         if rows.keys is None or rows.values is None or held == 0:
             return View((new,), self._sight)
         return View(((rows.keys.rows(0, held), rows.values.rows(0, held)), new), self._sight)
@@ -252,6 +256,7 @@ class KVCache:
 
         gives_back: shorten buffers that are much too long, which copies what they hold.
         """
+        self._finish_upkeep()
         self.window.trim(n_tokens)
         if n_tokens and not self.offset:
             self.clear()
@@ -284,7 +289,7 @@ class KVCache:
         self._pending.clear()
         self._layers = [Layer() for _ in self._layers]
         self._is_packed = self.packed_from == 0 or self.bits.is_plain
-        self._rows = 0
+        self._rows = self._reserved = self._done = 0
         mx.clear_cache()
 
     def fork(self) -> KVCache:
@@ -297,8 +302,8 @@ class KVCache:
 
     def layers(self) -> list[Layer]:
         """Return the rows that hold tokens, of every layer; none of an empty cache."""
-        n_rows = self.offset if self.window.is_straight else self.capacity
-        return [layer.rows(n_rows) for layer in self._layers] if self.offset else []
+        self._finish_upkeep()
+        return [layer.rows(self.window.n_rows) for layer in self._layers] if self.offset else []
 
     def take_up(self, window: Window, layers: list[Layer], *, is_packed: bool) -> None:
         """Hold what another cache held: its counts, and what its `layers` returned."""
@@ -307,30 +312,64 @@ class KVCache:
         self._is_packed = is_packed or self.bits.is_plain
         if layers:
             self._layers = layers
-            self._rows = self.offset if window.is_straight else self.capacity
+            self._rows = window.n_rows
 
-    def _turn_back(self) -> None:
-        """Turn the keys behind the kept ones back; a few at a time, for their memory's sake."""
+    # --- upkeep ----------------------------------------------------------------------------------
+
+    def upkeep(self) -> Iterator[None]:
+        """Turn positions back and pack where the next pass needs it; yield after each piece.
+
+        Who leaves early goes on there the next time, and the cache is as good as untouched till
+        the end.
+        """
+        if self.window.must_turn:
+            yield from self._turn_back()
+        if not self._is_packed and self.offset >= self.packed_from:
+            yield from self._pack()
+
+    def _finish_upkeep(self) -> None:
+        """End what is under way: what follows wants all rows alike."""
+        if self._done:
+            for _ in self.upkeep():
+                pass
+
+    def _turn_back(self) -> Iterator[None]:
+        """Turn the keys behind the kept ones back, a few rows of a layer at a time."""
         positions = np.maximum(self.window.tokens_of_rows() - self.window.shift, 0)
-        delta = self.window.turn()
+        turned_window = copy.copy(self.window)
+        delta = turned_window.turn()
         periods = rope_periods(self.config)
-        for start in range(self.keep, self.capacity, TURN_ROWS):
+        n_layers = len(self._layers)
+        starts = range(self.keep, self.capacity, TURN_ROWS)
+        while self._done < n_layers * len(starts):
+            start, layer = starts[self._done // n_layers], self._layers[self._done % n_layers]
             stop = min(start + TURN_ROWS, self.capacity)
+            assert layer.keys is not None  # a cache that must turn is full
+            some = layer.keys.rows(start, stop)
             angles = angles_back(periods, positions[start:stop], delta)
-            for layer in self._layers:
-                assert layer.keys is not None  # a cache that must turn is full
-                some = layer.keys.rows(start, stop)
-                turned = turn_back(some.dense(_dtype_of(some)), *angles)
-                layer.keys.write(start, Stored.of(turned, some.bits))
-                del some, turned
-                mx.eval(layer.arrays)
-
-    def _pack(self) -> None:
-        """Pack what was stored plain; one layer at a time."""
-        self._is_packed = True
-        for layer in self._layers:
-            layer.pack(self.bits)
+            turned = Stored.of(turn_back(some.dense(_dtype_of(some)), *angles), some.bits)
+            keys = layer.keys.with_rows(start, turned)
+            # No call stands between these two, so that no signal can come between them.
+            layer.keys, self._done = keys, self._done + 1
+            del some, turned, keys
             mx.eval(layer.arrays)
+            yield
+        self.window, self._done = turned_window, 0
+
+    def _pack(self) -> Iterator[None]:
+        """Pack what was stored plain, one layer at a time."""
+        while self._done < len(self._layers):
+            packed = self._layers[self._done].packed(self.bits)
+            mx.eval(packed.arrays)
+            self._layers[self._done] = packed
+            self._done += 1
+            yield
+        self._is_packed, self._done = True, 0
+        self._rows = max(self._rows, self._reserved)
+
+    def _allowed(self, n_rows: int) -> int:
+        """Return what of a buffer may be made now: nothing plain that will be packed later."""
+        return n_rows if self._is_packed else min(n_rows, self._rounded(self.packed_from))
 
     def _rounded(self, n_tokens: int) -> int:
         return min(-(-max(n_tokens, 1) // STEP) * STEP, self.capacity)

@@ -129,6 +129,13 @@ class Stored:
         """Return the same rows as a value of its own: writing to one copies them first."""
         return self._each(copy.copy)
 
+    def with_rows(self, row: int, other: Self) -> Self:
+        """Return the same with other's rows from a row on; in place where nobody else looks."""
+        start = mx.array([row])
+        pairs = zip(self.arrays, other.arrays, strict=True)
+        arrays = tuple(mx.slice_update(mine, new, start, axes=(2,)) for mine, new in pairs)
+        return type(self)(arrays, self.bits, self.group)
+
     def write(self, row: int, other: Self) -> None:
         """Put other's rows here, from a row on, in place."""
         for mine, new in zip(self.arrays, other.arrays, strict=True):
@@ -174,11 +181,12 @@ class Layer:
         assert self.keys is not None and self.values is not None
         return Layer(self.keys.rows(0, n_rows), self.values.rows(0, n_rows))
 
-    def pack(self, bits: KVBits) -> None:
-        """Store what is plain in so many bits."""
-        if self.keys is not None and self.values is not None:
-            self.keys = Stored.of(self.keys.arrays[0], bits.keys)
-            self.values = Stored.of(self.values.arrays[0], bits.values)
+    def packed(self, bits: KVBits) -> Layer:
+        """Return what is plain in so many bits."""
+        if self.keys is None or self.values is None:
+            return Layer()
+        keys, values = self.keys.arrays[0], self.values.arrays[0]
+        return Layer(Stored.of(keys, bits.keys), Stored.of(values, bits.values))
 
     def fork(self) -> Layer:
         """Return the same rows; either side copies them when it writes."""

@@ -70,6 +70,11 @@ class Window:
         return self.first == self.keep and self.offset <= self.capacity
 
     @property
+    def n_rows(self) -> int:
+        """Rows that hold tokens, whether or not they are still seen."""
+        return self.offset if self.is_straight else self.capacity
+
+    @property
     def must_turn(self) -> bool:
         """Whether the next token has no position left in the trained range."""
         return self.slides and self.position >= self.max_position
@@ -142,8 +147,13 @@ class Window:
             self.shift = min(self.shift, self.offset - self.keep)
 
     def is_lost(self, offset: int) -> bool:
-        """Whether trimming to so many tokens would leave none behind the kept ones."""
-        return self.keep < offset <= self.first and self.first > self.keep
+        """Whether trimming to so many tokens would leave less than half of what the next one sees.
+
+        Some of the newest behind the kept ones were forgotten then, and do not come back.
+        """
+        if self.first <= self.keep or offset <= self.keep:
+            return False
+        return offset - self.first < min(self.span, offset - self.keep) // 2
 
     # --- rows ------------------------------------------------------------------------------------
 
