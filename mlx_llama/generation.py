@@ -22,7 +22,7 @@ from mlx_llama.sampling import Sampler
 from mlx_llama.tokenizer import Detokenizer
 
 RESERVE_AHEAD = 512  # tokens of an open-ended answer that get their room at once
-SLICE_S = 0.1  # what a prompt evaluates at once shall take so long: cancelling waits for it
+SLICE_S = 0.05  # what a prompt evaluates at once shall take so long: cancelling waits for it
 
 OnPrefill = Callable[[int, int], None]
 OnForget = Callable[[int], None]

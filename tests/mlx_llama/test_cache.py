@@ -10,8 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_llama.cache import KVBits, KVCache, NoCache
+from mlx_llama.cache import KVBits, KVCache, NoCache, kv
 from mlx_llama.cache.kv import STEP
+from mlx_llama.cache.rows import Stored
 from mlx_llama.cache.view import Sees, View
 from mlx_llama.config import ModelConfig, config_from_hf
 from mlx_llama.errors import OptionError
@@ -245,3 +246,107 @@ def test_endless_generation_turns_back_and_takes_no_more_memory() -> None:
         sizes.add(cache.nbytes)
     assert turns >= 20 and max(sizes) == 200 * 2 * 2 * 4 * 4
     assert (cache.offset, cache.held) == (20_000, 200)
+
+
+# --- upkeep --------------------------------------------------------------------------------------
+
+
+class StoppedError(Exception):
+    """Stands for Ctrl-C, or for memory that is not there."""
+
+
+def due_cache(kind: str) -> KVCache:
+    """Return a cache of two layers whose next pass must turn back, or pack."""
+    config = config_of(2, max_context=64)
+    if kind == "turn":
+        cache = KVCache(config, capacity=48, keep=4, slides=True)
+    elif kind == "packed turn":
+        cache = KVCache(config, capacity=48, keep=4, slides=True, bits=KVBits(8, 8))
+    else:
+        cache = KVCache(config, capacity=64, bits=KVBits(8, 4), packed_from=40)
+    while cache.offset < (40 if kind == "pack" else 64):
+        feed_one(cache)
+    return cache
+
+
+def feed_one(cache: KVCache) -> list[np.ndarray]:
+    """Feed one token whose numbers depend on its place; return what is shown of all rows."""
+    mx.random.seed(cache.offset)
+    cache.begin(1)
+    shown = []
+    for layer in range(2):
+        k, v = mx.random.normal((2, 1, 1, 1, cache.config.head_dim))
+        shown += [np.asarray(rows) for rows in rows_of(cache.append(layer, k, v))]
+    cache.advance(1)
+    return shown
+
+
+@pytest.mark.parametrize("kind", ["turn", "packed turn", "pack"])
+@pytest.mark.parametrize("n_pieces", [1, 2, 3])
+def test_upkeep_that_was_left_goes_on_there(
+    kind: str, n_pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv, "TURN_ROWS", 20)
+    whole, stopped = due_cache(kind), due_cache(kind)
+    pieces = stopped.upkeep()
+    for _ in range(min(n_pieces, 2) if kind == "pack" else n_pieces):
+        next(pieces)
+    pieces.close()
+    other = stopped.fork()
+    expected = feed_one(whole)
+    for cache in (stopped, other):
+        for found, wanted in zip(feed_one(cache), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+        assert cache.window == whole.window
+
+
+@pytest.mark.parametrize("kind", ["turn", "packed turn", "pack"])
+def test_upkeep_that_failed_is_done_by_the_next_pass(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = due_cache(kind), due_cache(kind)
+    real, calls = kv.Stored.of, 0
+
+    def fails_once(x: mx.array, bits: int) -> Stored:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise StoppedError
+        return real(x, bits)
+
+    monkeypatch.setattr(kv.Stored, "of", fails_once)
+    with pytest.raises(StoppedError):
+        stopped.begin(1)
+    monkeypatch.setattr(kv.Stored, "of", real)
+    for found, wanted in zip(feed_one(stopped), feed_one(whole), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_trimming_ends_what_was_left_first() -> None:
+    whole, stopped = due_cache("pack"), due_cache("pack")
+    next(stopped.upkeep())
+    stopped.trim(10)
+    for _ in whole.upkeep():
+        pass
+    whole.trim(10)
+    for found, wanted in zip(feed_one(stopped), feed_one(whole), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_plain_buffers_are_no_longer_than_what_comes_before_packing() -> None:
+    cache = cache_of(2, 5000, bits=KVBits(8, 8), packed_from=300)
+    cache.reserve(4000)
+    assert cache.rows == 2 * STEP
+    for _ in range(3):
+        append_packable(cache, 100)
+    assert cache.rows == 2 * STEP
+    append_packable(cache, 1)
+    assert cache.is_packed and cache.rows == 16 * STEP
+
+
+def append_packable(cache: KVCache, n_tokens: int) -> None:
+    cache.begin(n_tokens)
+    new = mx.random.normal((1, 1, n_tokens, cache.config.head_dim))
+    for layer in range(2):
+        cache.append(layer, new, new)
+    cache.advance(n_tokens)
