@@ -64,23 +64,28 @@ def all_busy_s() -> float:
     return sum(map(int, (user, nice, system, *others))) / os.sysconf("SC_CLK_TCK")
 
 
-def await_quiet() -> None:
-    """Wait for a second in which other programs hardly work."""
-    for _ in range(QUIET_WAIT_S if PROCESSORS.exists() else 0):
+def await_quiet(most_s: int) -> None:
+    """Wait for a second in which other programs hardly work, but no longer than most_s."""
+    for _ in range(most_s if PROCESSORS.exists() else 0):
         busy_s = all_busy_s()
         sleep(1)
         if all_busy_s() - busy_s < QUIET_PROCESSORS:
             return
 
 
-def interleave(n_rounds: int, cases: Mapping[str, Callable[[], Run]]) -> dict[str, list[Run]]:
-    """Run every case once a round, so that a slow spell of the machine meets all of them."""
+def interleave(
+    n_rounds: int, cases: Mapping[str, Callable[[], Run]], *, quiet_wait_s: int = QUIET_WAIT_S
+) -> dict[str, list[Run]]:
+    """Run every case once a round, so that a slow spell of the machine meets all of them.
+
+    quiet_wait_s: how long each run waits for a quiet moment at most.
+    """
     runs: dict[str, list[Run]] = {name: [] for name in cases}
     for number in range(n_rounds):
         for name, case in cases.items():
             if sys.stderr.isatty():
                 print(f"\rround {number + 1} of {n_rounds}: {name:<40}", end="", file=sys.stderr)
-            await_quiet()
+            await_quiet(quiet_wait_s)
             runs[name].append(case())
     if sys.stderr.isatty():
         print("\r" + " " * 60, end="\r", file=sys.stderr)

@@ -60,6 +60,25 @@ def small_shape(dim: int, n_layers: int, n_heads: int, hidden_dim: int) -> Model
     )
 
 
+def long_shape(dim: int, n_layers: int, n_heads: int, n_kv_heads: int) -> ModelConfig:
+    """Return a shape that a slow machine can take to 131072 tokens: few layers, few heads of 64."""
+    return ModelConfig(
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=64,
+        hidden_dim=4 * dim,
+        vocab_size=4096,
+        norm_eps=1e-5,
+        rope_theta=500000.0,
+        max_context=131072,
+        tied=True,
+        kind="llama3.1",
+        rope_scaling=RopeScaling("llama3", 8.0),
+    )
+
+
 SHAPES = {
     "llama-3.2-1b": ModelConfig(
         dim=2048,
@@ -78,6 +97,9 @@ SHAPES = {
     ),
     "110m": small_shape(768, 12, 12, 2048),
     "15m": small_shape(288, 6, 6, 768),
+    "context": long_shape(512, 2, 8, 2),
+    "narrow-2": long_shape(128, 2, 2, 1),
+    "narrow-1": long_shape(128, 1, 2, 1),
 }
 
 
