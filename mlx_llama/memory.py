@@ -146,7 +146,7 @@ def workspace_bytes(demand: Demand, context: int) -> int:
     seen = context + chunk if demand.slides else context
     return max(
         _feed_forward_bytes(config, dtype, chunk),
-        _prompt_attention_bytes(config, seen, demand.bits, dtype, chunk),
+        _prompt_attention_bytes(demand, seen, chunk),
         _token_attention_bytes(config, context, demand.bits, dtype),
     ) + (_sliding_bytes(demand, context, chunk) if demand.slides else 0)
 
@@ -162,26 +162,29 @@ def _feed_forward_bytes(config: ModelConfig, dtype: mx.Dtype, chunk: int) -> int
     return copies * chunk * dtype.size * (config.hidden_dim + config.dim)
 
 
-def _prompt_attention_bytes(
-    config: ModelConfig, context: int, bits: KVBits, dtype: mx.Dtype, chunk: int
-) -> int:
+def _prompt_attention_bytes(demand: Demand, seen: int, chunk: int) -> int:
+    """Count a pass over so many rows; a sliding one has them in two parts, which are joined."""
+    config, bits, dtype = demand.config, demand.bits, demand.dtype
     heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     rows = ops.attention_manner(dtype).tile_rows(config.n_heads, chunk)
-    is_tiled = context > rows
-    rows = min(rows, context)
-    # In half precision the scores stand beside float32 copies; a tile's weights are float32, and
-    # become halves again for plain values.
-    per_score = 2 * FLOAT32
-    if dtype != mx.float32:
-        n_halves = 2 if is_tiled and bits.values == PLAIN else 1 if is_tiled else 3
-        per_score = (2 * FLOAT32 if is_tiled else 0) + n_halves * dtype.size
+    is_float, is_tiled = dtype == mx.float32, seen > rows
+    rows = min(rows, seen)
+    if is_tiled:
+        # In half precision the weights of a tile become halves again for plain values.
+        halves = 0 if is_float else 2 if bits.values == PLAIN else 1
+        per_score = 2 * FLOAT32 + halves * dtype.size
+        per_number = 7 * FLOAT32 if is_float else 4 * FLOAT32 + 3 * dtype.size
+    else:
+        n_copies = 4 if demand.slides else 2
+        per_score = n_copies * FLOAT32 if is_float else (n_copies * 3 + 1) // 2 * dtype.size
+        per_number = (8 if is_float and demand.slides else 3) * dtype.size
     scores = config.n_heads * chunk * rows * per_score
     projected = 2 * chunk * (heads + 2 * kv_heads) * dtype.size
-    out = chunk * heads * (8 * FLOAT32 if is_tiled else 3 * dtype.size)
-    keys = (1 if bits.keys == PLAIN else 2) * rows * kv_heads * dtype.size if is_tiled else 0
+    n_keys = 1 if bits.keys == PLAIN else 2 if is_float else 4
+    keys = n_keys * rows * kv_heads * dtype.size if is_tiled else 0
     # What the feed-forward layer before has not given back yet.
     before = _feed_forward_bytes(config, dtype, chunk) // 8
-    return scores + projected + out + keys + before
+    return scores + projected + chunk * heads * per_number + keys + before
 
 
 def _token_attention_bytes(config: ModelConfig, context: int, bits: KVBits, dtype: mx.Dtype) -> int:

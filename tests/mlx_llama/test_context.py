@@ -170,7 +170,6 @@ FILLED = {
     "sliding": Filled(1024, slides=True),
     "sliding, 8 bits": Filled(1024, KVBits(8, 8), slides=True),
     "sliding, shorter than a chunk": Filled(256, slides=True, chunk=1024),
-    "sliding, much shorter": Filled(64, slides=True),
     "packed soon": Filled(2048, KVBits(8, 8), packed_from=16),
     "packed late": Filled(2048, KVBits(4, 4), packed_from=2000),
     "keys for every head": Filled(2048, changes=ALL_KEYS),
