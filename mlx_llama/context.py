@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import mlx.core as mx
@@ -16,7 +16,6 @@ from mlx_llama.options import ContextOptions
 
 DEFAULT_CONTEXT = 8192  # what every Llama 3 reads well, and 1 GB of cache for an 8B
 LEAST_KEPT = 4  # attention sinks: arXiv 2309.17453, table 2
-LEAST_SLIDING = LEAST_KEPT + 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +64,8 @@ class Context:
             if self.keep is None:
                 what = "the system prompt and what frames it" if opening else "what begins a text"
             raise OptionError(
-                f"--on-full slide: {what} keeps {keep} tokens, the context holds {self.capacity}; "
-                "raise --context or give a smaller --keep"
+                f"--on-full slide: {what} keeps {keep} tokens, a context of {self.capacity} can "
+                f"keep {self.capacity - 2} and go on; raise --context or give a smaller --keep"
             )
         return keep
 
@@ -89,19 +88,26 @@ def plan_context(
     chunk = options.prefill_chunk or ops.prefill_chunk()
     capacity, reason = _capacity(options, config)
     slides = options.on_full == "slide"
-    if options.kv_start >= capacity:
+    least = 2 + (LEAST_KEPT if options.keep is None else 0)
+    if slides and capacity < least:
         raise OptionError(
-            f"--kv-start {options.kv_start}: the context holds {capacity} tokens, so nothing would "
-            "ever be packed; lower it or leave it out"
+            f"--context {capacity}: too short to slide, give {least} at least: what is kept, the "
+            "newest token and one before it"
         )
-    if needed is not None and needed <= capacity:
-        capacity, reason, slides = needed, "prompt and --max-tokens", False
-    demand, found = (
-        Demand(config, weights, bits, dtype, chunk, slides, options.kv_start),
-        memory_found(),
-    )
+    start, found = options.kv_start, memory_found()
+    demand = Demand(config, weights, bits, dtype, chunk, slides, start)
     if options.context is None and 0 < (most := demand.largest_context(found)) < capacity:
         capacity, reason = most, "what fits into memory"
+    # The last place of a context that stops is never filled: nothing comes after it.
+    if start and start >= capacity - (not slides):
+        raise OptionError(
+            f"--kv-start {start}: the context holds {capacity} tokens, so nothing would ever be "
+            "packed; lower it or leave it out"
+        )
+    # A text that is shorter than the context asked for may well end before it is packed.
+    if needed is not None and needed <= capacity:
+        capacity, reason, slides = needed, "prompt and --max-tokens", False
+        demand = replace(demand, slides=False)
     plan = demand.at(capacity, found)
     context = Context(
         capacity, slides, options.keep, bits, options.kv_start, chunk, reason, demand, plan
@@ -120,8 +126,9 @@ def _capacity(options: ContextOptions, config: ModelConfig) -> tuple[int, str]:
         return min(most, DEFAULT_CONTEXT), "default" if most > DEFAULT_CONTEXT else "the model's"
     asked = int(options.context)
     if asked > most:
+        hint = "" if config.rope_scaling else ", or stretch the model with --rope-linear"
         raise OptionError(
             f"--context {asked}: the model was trained for {most} positions; ask for at most so "
-            "many, or stretch a model without RoPE scaling with --rope-linear"
+            f"many{hint}"
         )
     return asked, "--context"

@@ -103,7 +103,7 @@ def require_memory(demand: Demand, plan: MemoryPlan) -> None:
     if plan.fits or found is None:
         return
     parts = [("weights", plan.weights), ("cache", plan.cache), ("workspace", plan.workspace)]
-    listed = ", ".join(f"{name} {value / 1e9:.2f} GB" for name, value in parts if value)
+    listed = ", ".join(f"{name} {_size(value)}" for name, value in parts if value)
     most = demand.largest_contexts(found)
     hint = "end another program, or take a smaller model or fewer bits"
     if any(most.values()):
@@ -111,9 +111,13 @@ def require_memory(demand: Demand, plan: MemoryPlan) -> None:
             f"{n} with --kv-bits {bits}" for bits, n in most.items()
         )
     raise MemoryShortError(
-        f"--context {plan.context}: {plan.total / 1e9:.2f} GB needed ({listed}), "
-        f"{found / 1e9:.2f} GB of memory free: {hint}"
+        f"--context {plan.context}: {_size(plan.total)} needed ({listed}), {_size(found)} of "
+        f"memory free: {hint}"
     )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
 
 
 def cache_bytes(demand: Demand, context: int) -> int:

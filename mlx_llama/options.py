@@ -266,7 +266,9 @@ class ContextOptions(_Checked):
         """Refuse what could not take effect."""
         _Checked.__post_init__(self)
         if self.keep is not None and self.on_full != "slide":
-            raise OptionError("--keep: does nothing without --on-full slide; leave one of them out")
+            raise OptionError(
+                "--keep: does nothing without --on-full slide; give that too, or leave it out"
+            )
         if self.kv_start and self.kv_bits == 16:
             raise OptionError("--kv-start: does nothing without --kv-bits 8 or 4; leave it out")
 

@@ -93,9 +93,16 @@ class Session:
         self.cache: KVCache = self.context.new_cache(llama.config)
 
     def ask(self, text: str, **options: Any) -> Iterator[Step]:
-        """Add a user's message and answer it; the options are those of `stream`."""
+        """Add a user's message and answer it; the options are those of `stream`.
+
+        A question whose answer was cut before it began is taken back: the model shall not see that
+        it said nothing.
+        """
         self._supersede()
-        return self.stream([*self.messages, Message("user", text)], **options)
+        asked = self.messages
+        if asked and asked[-1].is_cut and not asked[-1].content:
+            asked = asked[:-2]
+        return self.stream([*asked, Message("user", text)], **options)
 
     def stream(
         self,
@@ -242,9 +249,12 @@ class Session:
         file of another model, another context or none; the session is as it was then.
         """
         self._supersede()
-        llama = self._llama
         self.tokens = load_cache(
-            Path(path), self.cache, dtype=llama.dtype, fingerprint=llama.fingerprint
+            Path(path),
+            self.cache,
+            dtype=self._llama.dtype,
+            fingerprint=self._llama.fingerprint,
+            keep=self.context.keep,
         )
 
     def fork(self) -> Session:
@@ -303,7 +313,7 @@ class Session:
         finally:
             if self._turn is turn:
                 self._settle(turn)
-                if not turn.answer:
+                if not turn.taken:
                     self.messages = before
 
     def _supersede(self) -> None:
@@ -322,7 +332,7 @@ class Session:
         # A step that was queued early may have cached a token that was never read.
         self.cache.trim(max(0, self.cache.offset - len(known)))
         self.tokens = known[: self.cache.offset]
-        if turn.given is None or not answer:
+        if turn.given is None or not turn.taken:
             return
         reason = turn.taken[-1].finish_reason
         # A stop text is not part of the answer, but its tokens are among the ids.

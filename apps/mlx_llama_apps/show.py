@@ -65,7 +65,7 @@ def model_facts(
 
     config = directory.config_with(load_options)
     scaling, formats = config.rope_scaling, directory.format_counts
-    dtype = directory.dtype_with(load_options)
+    dtype, bits = directory.dtype_with(load_options), context_options.key_value_bits
     return {
         "path": str(directory.path),
         "kind": {
@@ -92,7 +92,7 @@ def model_facts(
         "matrices": formats,
         "bits_per_weight": round(8 * directory.weight_bytes / config.parameter_count, 4),
         "weight_bytes": directory.weight_bytes,
-        "kv_bytes_per_token": cache_bytes_per_token(config, KVBits(), dtype),
+        "kv_bytes_per_token": cache_bytes_per_token(config, KVBits(*bits), dtype),
         "memory": _memory_facts(directory, context_options, config, dtype),
         "tokenizer": directory.tokenizer.family,
         "source_files": _source_files(directory.path),

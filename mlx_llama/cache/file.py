@@ -61,15 +61,27 @@ def save_cache(
 
 
 def load_cache(
-    path: Path, cache: KVCache, *, dtype: mx.Dtype, fingerprint: Mapping[str, str]
+    path: Path,
+    cache: KVCache,
+    *,
+    dtype: mx.Dtype,
+    fingerprint: Mapping[str, str],
+    keep: int | None = None,
 ) -> list[int]:
     """Fill a cache with what `save_cache` wrote for the same model; return the ids.
 
-    dtype: of the activations. The cache decides how it grows, forgets and stores; a file that was
-    not saved with the same is refused, but that one from which nothing was forgotten fits into any
-    context that is long enough. Raises CheckpointError with the reason; the cache is unchanged.
+    dtype: of the activations. keep: the first tokens that must have been kept, where any were
+    forgotten; None takes what was kept. The cache decides how it grows, forgets and stores; a file
+    that was not saved with the same is refused, but that one from which nothing was forgotten fits
+    into any context that is long enough. Raises CheckpointError with the reason, and nothing is
+    changed.
     """
-    refs, metadata = open_with_metadata(path)
+    try:
+        refs, metadata = open_with_metadata(path)
+    except CheckpointError as error:
+        if path.is_file():
+            raise _refusal(path, "damaged, or something else") from error
+        raise
     state, model = (_object(path, metadata, name) for name in ("cache", "model"))
     if not _is_same(found := state.get("version"), VERSION):
         raise _refusal(path, f"version {_shown(found)} of the format, expected {VERSION}")
@@ -78,6 +90,10 @@ def load_cache(
             raise _refusal(path, f"another model's: {name} {_shown(found)}, here {expected}")
     _check_storage(path, cache, state)
     window = _window(path, cache, state)
+    if keep is not None and window.forgotten and keep != window.keep:
+        raise _refusal(
+            path, f"of --keep {window.keep} and has forgotten tokens, here --keep {keep}"
+        )
     is_packed = state.get("is_packed") is True
     expected = dict(_expected(cache, window, dtype, is_packed=is_packed))
     if {name: (ref.dtype, ref.shape) for name, ref in refs.items()} != expected:

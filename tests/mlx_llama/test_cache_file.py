@@ -178,8 +178,8 @@ LLAMA3 = RopeScaling("llama3", 8.0)
         ({"quantization": QuantFormat(4, 64)}, "quantization none, here 4 bits, group 64"),
         (
             {"n_heads": 2, "n_kv_heads": 1},
-            "shape 3 layers, width 256/448, 4/2 heads of 64, 512 tokens, here 3 layers, "
-            "width 256/448, 2/1 heads of 64, 512 tokens",
+            "shape 3 layers, width 256/448, 4/2 heads of 64, 512 tokens, norm_eps 1e-05, here 3 "
+            "layers, width 256/448, 2/1 heads of 64, 512 tokens, norm_eps 1e-05",
         ),
     ],
 )
@@ -197,7 +197,7 @@ def test_other_weights_and_dtypes_are_told_apart(
     tmp_path: Path, model: LlamaModel, config: ModelConfig
 ) -> None:
     weights = arrays_of(random_model(CASE)[0])
-    weights["model.layers.2.mlp.down_proj.weight"] *= 1.01
+    weights["model.layers.2.mlp.down_proj.weight"][77, 5] += 1e-3  # one number of all
     tuned = build_model(config, weights, dtype=mx.float32)
     path = save(tmp_path / "c", model, filled(model, 5, capacity=64))
     with pytest.raises(CheckpointError, match="another model's: weights "):
@@ -230,6 +230,27 @@ def test_resumed_session_computes_the_new_turn_alone(tmp_path: Path, llama: Llam
     assert answers[0] == answers[1]
     assert one.tokens == other.tokens
     assert answers[1][1] == held
+
+
+def test_cache_of_another_keep_is_refused(tmp_path: Path, llama: Llama) -> None:
+    one = llama.session(context=64, on_full="slide", keep=4)
+    list(one.complete("hello the thing", max_tokens=90, ignore_eos=True))
+    one.save_cache(str(tmp_path / "c"))
+    other = llama.session(context=64, on_full="slide", keep=9)
+    with pytest.raises(CheckpointError, match=r"of --keep 4 and has .* here --keep 9"):
+        other.load_cache(str(tmp_path / "c"))
+    llama.session(context=64, on_full="slide").load_cache(str(tmp_path / "c"))
+
+
+def test_forked_sessions_go_on_by_themselves(llama: Llama) -> None:
+    one, alone = llama.session(), llama.session()
+    say(one, "hello")
+    say(alone, "hello")
+    other = one.fork()
+    assert say(other, "in the end")[1] > 0
+    assert say(one, "the thing") == say(alone, "the thing")
+    assert one.tokens == alone.tokens
+    assert [len(each.messages) for each in (one, other)] == [4, 4]
 
 
 def say(session: Session, text: str) -> tuple[str, int]:
@@ -268,9 +289,12 @@ def rewrite(path: Path, state: dict[str, Any], arrays: dict[str, mx.array | None
     [
         ({"version": 2}, "version 2 of the format, expected 1"),
         ({"offset": -1}, "damaged: offset -1"),
-        ({"offset": "60"}, "damaged: a count is missing or no whole number"),
-        ({"offset": True}, "damaged: a count is missing or no whole number"),
-        ({"offset": 10**30}, "damaged: offset"),
+        ({"offset": "60"}, "damaged: a count is missing or no possible number"),
+        ({"offset": True}, "damaged: a count is missing or no possible number"),
+        ({"offset": 10**30}, "damaged: a count is missing or no possible number"),
+        ({"version": True}, "version True of the format"),
+        ({"packed_from": False}, "of --kv-bits 16 --kv-start False, here"),
+        ({"bits": "16\n\x1b[2J"}, r"of --kv-bits 16\\n\\x1b\[2J --kv-start 0, here"),
         ({"first": 2}, "damaged: "),
         ({"first": 61}, "damaged: "),
         ({"shift": 50}, "damaged: "),
@@ -325,10 +349,10 @@ def test_other_files_are_refused(tmp_path: Path, model: LlamaModel) -> None:
         load(tmp_path / "c.safetensors", model, capacity=8)
 
 
-@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
 def test_file_that_was_cut_short_is_refused(path: Path, model: LlamaModel, share: float) -> None:
     os.truncate(path, int(path.stat().st_size * share))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="damaged, or something else; the text must be"):
         load(path, model, **FORMS["sliding"])
 
 
@@ -358,6 +382,14 @@ def test_failed_save_leaves_what_was_there(
         save(path, model, filled(model, 6, capacity=8))
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_several_texts_are_not_saved_as_one(tmp_path: Path, model: LlamaModel) -> None:
+    cache = KVCache(model.config, capacity=8)
+    mx.eval(model(mx.array([[1, 2], [3, 4]]), cache))
+    with pytest.raises(ValueError, match="a cache of several texts"):
+        save_cache(tmp_path / "c", cache, tokens=IDS[:2], fingerprint={})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ids_that_the_cache_does_not_count_are_refused(tmp_path: Path, model: LlamaModel) -> None:

@@ -75,7 +75,8 @@ def test_context_that_does_not_fit_is_refused_with_those_that_would(
         ({"keep": 5}, "without --on-full slide"),
         ({"kv_start": 5}, "without --kv-bits"),
         ({"kv_bits": 5}, "16, 8, 4"),
-        ({"context": 10, "kv_bits": 8, "kv_start": 10}, "nothing would ever be packed"),
+        ({"context": 10, "kv_bits": 8, "kv_start": 9}, "nothing would ever be packed"),
+        ({"context": 1, "on_full": "slide"}, "--context 1: too short to slide, give 6 at least"),
     ],
 )
 def test_settings_that_cannot_take_effect_are_refused(
@@ -132,7 +133,7 @@ def test_short_answer_that_cannot_slide_takes_any_keep(llama: Llama) -> None:
 
 
 def test_more_kept_than_the_context_holds_is_told_at_once(llama: Llama) -> None:
-    with pytest.raises(OptionError, match="--keep keeps 31 tokens, the context holds 32"):
+    with pytest.raises(OptionError, match="--keep keeps 31 tokens, a context of 32 can keep 30"):
         llama.session(context=32, on_full="slide", keep=31)
 
 
@@ -238,3 +239,19 @@ def test_memory_is_found_here() -> None:
     found = memory.memory_found()
     assert found is None or found > 10**8
     assert ContextOptions(kv_bits="8:4").key_value_bits == (8, 4)
+
+
+def test_a_control_groups_limit_counts_without_what_was_read_from_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_cgroup_folders", lambda: [tmp_path, tmp_path / "none"])
+    (tmp_path / "memory.max").write_text("16000\n")
+    (tmp_path / "memory.current").write_text("15000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 13500\n")
+    assert memory._cgroup_left() == 14500
+    (tmp_path / "memory.limit_in_bytes").write_text("9000\n")  # the first version's names
+    (tmp_path / "memory.usage_in_bytes").write_text("2000\n")
+    (tmp_path / "memory.stat").write_text("total_inactive_file 500\n")
+    assert memory._cgroup_left() == min(16000 - 14500, 9000 - 1500)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._cgroup_left() == 7500

@@ -189,3 +189,15 @@ def test_answer_ends_when_its_time_is_up(llama: Llama) -> None:
     *_, last = session.ask("hello", timeout=0.0)
     assert last.finish_reason == "timeout"
     assert session.can_continue
+
+
+def test_question_without_an_answer_is_taken_back_by_the_next(chat_model: Path) -> None:
+    llama = mlx_llama.load(chat_model)
+    session, alone = llama.session(), llama.session()
+    cancel = threading.Event()
+    cancel.set()
+    list(session.ask("the thing", cancel=cancel))
+    assert session.can_continue
+    for each in (session, alone):
+        list(each.ask("hello", max_tokens=4, seed=1))
+    assert session.messages == alone.messages
