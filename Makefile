@@ -5,9 +5,16 @@ BITS ?= 4
 MODEL ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: chat test check clean
+# On Linux the native kernels are built too; where nothing can build them all works without.
+ifeq ($(shell uname -s),Linux)
+KERNELS = $(VENV)/.kernels
+endif
+KERNEL_FILES = $(shell find kernels -name build -prune -o -type f -print)
+KERNEL_TOOLS = scikit-build-core nanobind cmake ninja
 
-chat: $(VENV)/.installed
+.PHONY: chat test check clean kernels kernels-check
+
+chat: $(VENV)/.installed $(KERNELS)
 	@if [ -z "$(MODEL)" ]; then \
 	  echo "make chat needs a model: make chat MODEL=path/to/Llama-3.2-1B-Instruct (Meta's files, Hugging Face's, or a converted folder)" >&2; exit 2; fi
 	@model="$(MODEL)"; \
@@ -18,7 +25,7 @@ chat: $(VENV)/.installed
 	  model="$$out"; fi; \
 	exec $(VENV)/bin/mlx-llama chat "$$model"
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(KERNELS)
 	$(VENV)/bin/python -m pytest -q
 
 check: $(VENV)/.installed-dev
@@ -26,8 +33,31 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/basedpyright
 
+# make kernels PYTHON=path/to/python builds them into that interpreter, which must have mlx.
+kernels: $(if $(filter command line,$(origin PYTHON)),,$(VENV)/.installed)
+	@$(if $(filter command line,$(origin PYTHON)),$(PYTHON),$(VENV)/bin/python) -c 'import mlx.core' || \
+	  { echo "make kernels: $(PYTHON) has no mlx to build against: pip install 'mlx[cpu]'" >&2; exit 1; }
+	$(call build_kernels,$(if $(filter command line,$(origin PYTHON)),$(PYTHON),$(VENV)/bin/python))
+
+build_kernels = $(1) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(KERNEL_TOOLS) && \
+	  PATH="$$(dirname $$(command -v $(1))):$$PATH" $(1) -m pip --disable-pip-version-check install --quiet \
+	  --no-build-isolation --no-deps --force-reinstall ./kernels
+
+$(VENV)/.kernels: constraints.txt $(KERNEL_FILES) | $(VENV)/.installed
+	@if ! command -v $${CXX:-c++} >/dev/null; then \
+	  echo "no C++ compiler: going on without the native kernels, 10 to 100 times slower on this CPU (docs/cpu.md)" >&2; \
+	elif $(call build_kernels,$(VENV)/bin/python) >$(VENV)/kernels.log 2>&1; then touch $@; \
+	else echo "the native kernels could not be built ($(VENV)/kernels.log): going on without, 10 to 100 times slower on this CPU (docs/cpu.md)" >&2; fi
+
+# The arithmetic's own test program, under the sanitizers.
+kernels-check:
+	@for sanitizer in address,undefined thread; do \
+	  out=kernels/build/$$sanitizer; \
+	  cmake -S kernels -B $$out -DMLK_PYTHON=OFF -DMLK_TESTS=ON -DMLK_SANITIZE=$$sanitizer >/dev/null && \
+	  cmake --build $$out --parallel 2 >/dev/null && $$out/check || exit 1; done
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist kernels/build
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("mlx-llama needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'

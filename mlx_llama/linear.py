@@ -63,10 +63,13 @@ class Packed:
 
     def rows(self, ids: mx.array) -> mx.array:
         """Return the rows ids (...,) dequantized to (..., in)."""
+        scales, biases = (a if a is None else a[ids] for a in (self.scales, self.biases))
+        if biases is not None and self.dtype is not None:  # numbers, not bit patterns
+            scales, biases = scales.astype(self.dtype), biases.astype(self.dtype)
         rows = mx.dequantize(
             self.weight[ids],
-            self.scales[ids],
-            None if self.biases is None else self.biases[ids],
+            scales,
+            biases,
             group_size=self.form.group_size,
             bits=self.form.bits,
             mode=self.form.mode,

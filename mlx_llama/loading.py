@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from mlx_llama import ops
 from mlx_llama.config import ModelConfig, config_from_hf
+from mlx_llama.dtypes import DTYPES
 from mlx_llama.errors import CheckpointError, TokenizerError, UnsupportedModelError
 from mlx_llama.kinds import KINDS, Decision, base_kind, decide_kind, kind_named
 from mlx_llama.llama import Llama, stop_ids
@@ -82,11 +83,40 @@ class ModelDirectory:
         )
 
     def loaded_bytes(self, dtype: mx.Dtype) -> int:
-        """Bytes of the weights in memory, where dense tensors and scales have the dtype."""
+        """Bytes of the weights in memory, where dense tensors have the dtype."""
         return sum(
-            ref.nbytes if ref.dtype.startswith("uint") else math.prod(ref.shape) * dtype.size
+            math.prod(ref.shape) * self._loaded_itemsize(name, ref, dtype)
             for name, ref in self.tensors.items()
             if not (self.config.tied and name.startswith("lm_head."))
+        )
+
+    def _loaded_itemsize(self, name: str, ref: TensorRef, dtype: mx.Dtype) -> int:
+        stored = DTYPES[ref.dtype]
+        if ref.dtype.startswith("uint"):
+            return stored.itemsize
+        module, _, part = name.rpartition(".")
+        form = self.config.quant_format(module) if part in ("scales", "biases") else None
+        return (dtype if form is None else ops.scales_dtype(stored.array, dtype, form)).size
+
+    @property
+    def native_formats(self) -> tuple[str, ...]:
+        """Formats of packed matrices that the native kernels multiply by, as in format_counts."""
+        return self._formats(is_native=True)
+
+    @property
+    def other_formats(self) -> tuple[str, ...]:
+        """Formats of packed matrices that only MLX's own operations multiply by."""
+        return self._formats(is_native=False)
+
+    def _formats(self, *, is_native: bool) -> tuple[str, ...]:
+        modules = {n.removesuffix(".scales") for n in self.tensors if n.endswith(".scales")}
+        forms = {self.config.quant_format(module) for module in modules}
+        return tuple(
+            sorted(
+                form.describe()
+                for form in forms
+                if form is not None and ops.is_native_format(form) == is_native
+            )
         )
 
     def arrays(self) -> dict[str, mx.array]:

@@ -148,11 +148,20 @@ def workspace_bytes(demand: Demand, context: int) -> int:
     config, dtype = demand.config, demand.dtype
     chunk = demand.chunk if demand.slides else min(demand.chunk, context)
     seen = context + chunk if demand.slides else context
+    if demand.bits.is_plain and not demand.slides and ops.kernels() is not None:
+        return _native_bytes(config, dtype, chunk)
     return max(
         _feed_forward_bytes(config, dtype, chunk),
         _prompt_attention_bytes(demand, seen, chunk),
         _token_attention_bytes(config, context, demand.bits, dtype),
     ) + (_sliding_bytes(demand, context, chunk) if demand.slides else 0)
+
+
+def _native_bytes(config: ModelConfig, dtype: mx.Dtype, chunk: int) -> int:
+    """Count the outputs of a layer and a half: MLX queues so far ahead of the native kernels."""
+    heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    layer = 6 * config.dim + 3 * config.hidden_dim + 3 * heads + 3 * kv_heads
+    return 13 * layer * chunk * dtype.size // 8
 
 
 def _sliding_bytes(demand: Demand, context: int, chunk: int) -> int:

@@ -144,8 +144,7 @@ class LlamaModel:
 
     def _feed_forward(self, block: Block, h: mx.array) -> mx.array:
         x = block.w13(ops.rms_norm(h, block.ffn_norm, self.config.norm_eps))
-        gate, up = mx.split(x, 2, axis=-1)
-        return block.w2(ops.swiglu(gate, up))
+        return block.w2(ops.swiglu(x))
 
     def arrays(self) -> list[mx.array]:
         """Return every weight held in memory, a tied output once."""

@@ -1,13 +1,17 @@
 """The operations of a Llama, and the one place that knows which device runs them.
 
-Everything here is MLX's own; a faster kernel for one backend is chosen in this file and nowhere
-else. Knows nothing of files or tokens; of a cache it sees what attention reads.
+Metal and CUDA run MLX's own; a CPU runs the native kernels where they are installed and take what
+they are given, else MLX's. Knows nothing of files or tokens; of a cache it sees what attention
+reads.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
+from mlx_llama import native
 from mlx_llama.attention import Manner, attend
 from mlx_llama.cache.view import Sees, View
 from mlx_llama.config import QuantFormat
@@ -21,6 +25,11 @@ def backend() -> str:
     if mx.default_device() == mx.cpu:
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
+
+
+def kernels() -> Any | None:
+    """Return the native kernels where they are what runs; None on a GPU, or without them."""
+    return native.kernels() if backend() == "cpu" else None
 
 
 def working_set() -> int | None:
@@ -49,6 +58,30 @@ def compute_dtype(stored: str, *, is_quantized: bool, asked: str | None) -> mx.D
     return DTYPES.get(stored, mx.bfloat16)
 
 
+def scales_dtype(stored: mx.Dtype, compute: mx.Dtype, form: QuantFormat) -> mx.Dtype:
+    """Choose the dtype of a packed matrix's scales; the kernels read them as they are stored."""
+    keeps = kernels() is not None and native.takes_format(form) and compute == mx.float32
+    return stored if keeps else compute
+
+
+def is_native_format(form: QuantFormat) -> bool:
+    """Whether the native kernels multiply by packed matrices of this format."""
+    return native.takes_format(form)
+
+
+def use_threads(asked: int | None) -> None:
+    """Let so many threads compute. Raises OptionError where nothing here can be told to."""
+    if asked is None:
+        return
+    if (ours := kernels()) is None:
+        why = native.missing_reason() if backend() == "cpu" else f"the model runs on {backend()}"
+        raise OptionError(
+            f"--threads {asked}: only the native CPU kernels have threads to count, and {why}"
+        )
+    if asked != ours.threads():
+        ours.use_threads(asked)
+
+
 def prefill_chunk() -> int:
     """Return how many tokens of a prompt are computed at once.
 
@@ -67,6 +100,11 @@ def quantized_linear(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None, form: QuantFormat
 ) -> mx.array:
     """Multiply by a packed matrix: x (..., in), weight (out, in * bits / 32) uint32."""
+    ours = kernels()
+    if ours is not None and biases is not None and native.takes_product(x, scales, form):
+        return ours.quantized_matmul(
+            x, weight, scales, biases, group_size=form.group_size, bits=form.bits
+        )
     return mx.quantized_matmul(
         x,
         weight,
@@ -81,11 +119,16 @@ def quantized_linear(
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """Scale rows to unit root mean square, then by weight; accumulates in float32."""
+    if (ours := kernels()) is not None:
+        return ours.rms_norm(x, weight, eps)
     return mx.fast.rms_norm(x, weight, eps)
 
 
 def rotate(x: mx.array, periods: mx.array, offset: int) -> mx.array:
     """Apply RoPE to x (B, heads, L, D), half-split pairs, the first row at position offset."""
+    ours = kernels()
+    if ours is not None and native.takes_heads(x):
+        return ours.rotate(x, periods, offset)
     return mx.fast.rope(
         x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=periods
     )
@@ -98,6 +141,11 @@ def attention(q: mx.array, view: View, *, scale: float) -> mx.array:
     """
     if view.is_plain and backend() != "cpu":
         return _fused_attention(q, view, scale)
+    ours = kernels()
+    if ours is not None and view.is_plain and view.sight.is_causal and len(view.parts) == 1:
+        keys, values = (rows.arrays[0] for rows in view.parts[0])
+        if native.takes_heads(q, keys, values):
+            return ours.attention(q, keys, values, scale)
     return attend(q, view, scale=scale, manner=attention_manner(q.dtype))
 
 
@@ -122,6 +170,9 @@ def _fused_attention(q: mx.array, view: View, scale: float) -> mx.array:
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
 
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """Compute silu(gate) * up (arXiv 2002.05202, equation 6)."""
+def swiglu(x: mx.array) -> mx.array:
+    """Compute silu(gate) * up (arXiv 2002.05202, equation 6), x (..., 2 n) being gate, then up."""
+    if (ours := kernels()) is not None:
+        return ours.swiglu(x)
+    gate, up = mx.split(x, 2, axis=-1)
     return gate * mx.sigmoid(gate) * up

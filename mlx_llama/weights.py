@@ -13,6 +13,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from mlx_llama import ops
 from mlx_llama.config import ModelConfig, QuantFormat
 from mlx_llama.errors import CheckpointError
 from mlx_llama.linear import Dense, Matrix, Packed, stack_rows
@@ -226,7 +227,8 @@ class _ArrayReader:
             return Packed(weight, scales, None, form, self._dtype)
         scales = self._take(f"{module}.scales", groups)
         biases = self._take(f"{module}.biases", groups)
-        scales, biases = scales.astype(self._dtype), biases.astype(self._dtype)
+        dtype = ops.scales_dtype(scales.dtype, self._dtype, form)
+        scales, biases = scales.astype(dtype), biases.astype(dtype)
         return Packed(weight, scales, biases, form, self._dtype)
 
     def _take(

@@ -1,0 +1,73 @@
+// Threads that share out the parts of one job at a time.
+//
+// The caller works too, and needs nobody: parts are claimed one by one, so a thread that is not
+// running delays nothing but the part it holds. Idle threads sleep after some microseconds.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+namespace mlk {
+
+// Processors that this process may use: its affinity, its cgroup's quota, OMP_NUM_THREADS.
+size_t usable_processors();
+
+class Pool {
+ public:
+  // The one of this process; never destroyed, because other threads may outlive main.
+  static Pool& shared();
+
+  explicit Pool(size_t threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+
+  size_t threads() const { return threads_.load(); }
+  // Threads that work, the caller included; at least 1.
+  void resize(size_t threads);
+
+  // Calls part(first, last, thread) for ranges that cover [0, n) once; thread is below threads().
+  // Ranges are of `grain` parts, larger ones where there would be too many.
+  template <class Fn>
+  void each(size_t n, size_t grain, Fn part) {
+    run(n, grain, [](void* f, size_t first, size_t last, size_t thread) {
+      (*static_cast<Fn*>(f))(first, last, thread);
+    }, &part);
+  }
+
+  // Memory of at least so many floats for each thread, kept for the next job; for use inside of
+  // one job, by its thread.
+  float* scratch(size_t thread, size_t floats);
+  // The same for the caller, who must hold `lock`.
+  float* common(size_t floats);
+  std::unique_lock<std::recursive_mutex> lock() {
+    return std::unique_lock<std::recursive_mutex>(busy_);
+  }
+
+ private:
+  using Call = void (*)(void*, size_t, size_t, size_t);
+  void run(size_t n, size_t grain, Call call, void* context);
+  void work(size_t thread);
+  void claim(uint32_t job, size_t thread);
+  void stop();
+
+  struct Worker;
+  std::recursive_mutex busy_;
+  std::atomic<size_t> threads_{1};
+  std::vector<Worker*> workers_;
+  std::vector<std::vector<float>> scratch_;
+  std::vector<float> common_;
+
+  // A job's number (32 bits), how many ranges it has (16) and how many are taken (16).
+  std::atomic<uint64_t> state_{0};
+  std::atomic<uint32_t> job_{0};
+  std::atomic<uint32_t> done_{0};
+  std::atomic<bool> ends_{false};
+  size_t n_ = 0, grain_ = 1;
+  Call call_ = nullptr;
+  void* context_ = nullptr;
+};
+
+}  // namespace mlk

@@ -1,0 +1,93 @@
+// What every instruction set offers: the operations, over plain memory. Knows nothing of MLX.
+//
+// Each operation works on a range of its parts, [first, last), so that a pool can share them out.
+// Sums are float32. Element types are those of the arrays; pointers need no alignment.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mlk {
+
+enum class Type { f32, bf16, f16 };
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
+
+// A matrix (rows, columns) of MLX's affine quantization: weight = scale * q + bias, one scale and
+// bias for each `group` columns of a row; words hold 32 / bits numbers, the first one lowest.
+struct Affine {
+  const uint32_t* words;  // (rows, columns * bits / 32)
+  const void* scales;     // (rows, columns / group)
+  const void* biases;     // as scales
+  Type type;              // of scales and biases
+  size_t rows, columns;
+  int group;  // 32, 64 or 128
+  int bits;   // 2, 4 or 8
+};
+
+// Rows of activations (m, n), row after row.
+struct Rows {
+  const void* data;
+  Type type;
+  size_t m, n;
+};
+
+// x (batch, heads, m, dim) with any strides but the last, in elements.
+struct Heads {
+  const void* data;
+  Type type;
+  size_t batch, heads, m, dim;
+  ptrdiff_t stride_batch, stride_head, stride_row;
+};
+
+// Attention of the last q.m of k.m rows: query i sees rows up to k.m - q.m + i.
+struct Attention {
+  Heads q, k, v;
+  float scale;
+  void* out;  // (batch, heads, m, dim), of q's type
+};
+
+struct Table {
+  const char* name;
+  size_t panel_rows;  // of a matrix, which one part of `affine_panels` multiplies
+
+  // Few rows of activations: `prepare` once into scratch of `prepared_floats`, then ranges of the
+  // matrix's rows. m is at most few_rows.
+  size_t (*prepared_floats)(const Affine&, size_t m);
+  void (*prepare)(const Affine&, const Rows& x, float* prepared);
+  void (*affine_few)(const Affine&, const Rows& x, const float* prepared, void* y, size_t first,
+                     size_t last);
+
+  // Many rows: `pack` ranges of row blocks into scratch of `packed_floats`, then ranges of panels.
+  size_t (*packed_floats)(const Rows& x);
+  size_t (*pack_blocks)(const Rows& x);
+  void (*pack)(const Rows& x, float* packed, size_t first, size_t last);
+  size_t (*panel_floats)(const Rows& x);  // scratch of each thread
+  void (*affine_panels)(const Affine&, const Rows& x, const float* packed, float* scratch, void* y,
+                        size_t first, size_t last);
+
+  void (*rms_norm)(const Rows& x, const void* weight, Type weight_type, float eps, void* y,
+                   size_t first, size_t last);
+  // x (m, 2 n): silu of the first n times the others. y (m, n). x.n is 2 n.
+  void (*swiglu)(const Rows& x, void* y, size_t first, size_t last);
+  // Parts are (batch, head) pairs. angles: (m, dim / 2) cosines, then as many sines.
+  void (*rotate)(const Heads& x, const float* angles, void* y, size_t first, size_t last);
+  // Parts: see attention_parts. scratch: attention_floats for each thread.
+  size_t (*attention_parts)(const Attention&);
+  size_t (*attention_floats)(const Attention&);
+  void (*attention)(const Attention&, float* scratch, size_t first, size_t last);
+};
+
+constexpr size_t few_rows = 5;
+
+const Table* table_baseline();
+#if defined(__x86_64__)
+const Table* table_avx2();
+const Table* table_avx512();
+#endif
+
+}  // namespace mlk

@@ -1,0 +1,42 @@
+"""Operations of a Llama for x86-64 processors, as MLX primitives.
+
+Built against one version of MLX, whose C++ interface changes with every release; another one is
+refused here, by name, where loading it would crash.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_llama_kernels._built_for import MLX_VERSION
+
+if mx.__version__ != MLX_VERSION:
+    raise ImportError(
+        f"mlx_llama_kernels was built for mlx {MLX_VERSION}, found mlx {mx.__version__}: "
+        "build it again (make kernels)"
+    )
+
+from mlx_llama_kernels._kernels import (
+    attention,
+    instructions,
+    quantized_matmul,
+    rms_norm,
+    rotate,
+    swiglu,
+    threads,
+    use_instructions,
+    use_threads,
+)
+
+__all__ = [
+    "MLX_VERSION",
+    "attention",
+    "instructions",
+    "quantized_matmul",
+    "rms_norm",
+    "rotate",
+    "swiglu",
+    "threads",
+    "use_instructions",
+    "use_threads",
+]

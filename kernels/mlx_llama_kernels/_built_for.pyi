@@ -1,0 +1,1 @@
+MLX_VERSION: str

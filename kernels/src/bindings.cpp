@@ -1,0 +1,30 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include "operations.h"
+#include "primitives.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+NB_MODULE(_kernels, m) {
+  m.def("quantized_matmul", &mlk::graph::quantized_matmul, "x"_a, "weight"_a, "scales"_a, "biases"_a,
+        nb::kw_only(), "group_size"_a, "bits"_a,
+        "x (..., in) times the transposed packed matrix (out, in * bits / 32) -> (..., out).");
+  m.def("rms_norm", &mlk::graph::rms_norm, "x"_a, "weight"_a, "eps"_a,
+        "Rows of x scaled to unit root mean square, then by weight.");
+  m.def("swiglu", &mlk::graph::swiglu, "x"_a, "x (..., 2 n) -> silu of the first n times the others.");
+  m.def("rotate", &mlk::graph::rotate, "x"_a, "periods"_a, "offset"_a,
+        "RoPE of x (B, heads, L, D), half-split pairs, the first row at position offset.");
+  m.def("attention", &mlk::graph::attention, "q"_a, "keys"_a, "values"_a, "scale"_a,
+        "The last m rows of q (B, H, m, D) over keys and values (B, K, S, D), causal.");
+  m.def("instructions", [] { return std::string(mlk::chosen().name); },
+        "Name the instruction set in use.");
+  m.def("use_instructions", [](const std::string& name) { return mlk::choose(name.c_str()); },
+        "name"_a, "Take another instruction set; False where this processor lacks it.");
+  m.def("threads", [] { return mlk::Pool::shared().threads(); }, "Number of threads that work.");
+  m.def("use_threads", [](size_t n) {
+    nb::gil_scoped_release release;
+    mlk::Pool::shared().resize(n);
+  }, "n"_a, "Let so many threads work, the caller included.");
+}

@@ -1,0 +1,115 @@
+#include "operations.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+namespace mlk {
+
+namespace {
+
+std::vector<const Table*> available() {
+  std::vector<const Table*> tables{table_baseline()};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    tables.push_back(table_avx2());
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+      tables.push_back(table_avx512());
+    }
+  }
+#endif
+  return tables;
+}
+
+std::atomic<const Table*>& choice() {
+  static std::atomic<const Table*> table{available().back()};
+  return table;
+}
+
+// Work below this many numbers is not worth waking another thread.
+constexpr size_t ALONE = 1 << 14;
+
+size_t rows_at_once(size_t row) { return std::max<size_t>(1, ALONE / std::max<size_t>(1, row)); }
+
+}  // namespace
+
+const Table& chosen() { return *choice().load(); }
+
+bool choose(const char* name) {
+  for (const Table* table : available()) {
+    if (std::strcmp(table->name, name) == 0) {
+      choice() = table;
+      return true;
+    }
+  }
+  return false;
+}
+
+void affine_product(Pool& pool, const Table& table, const Affine& a, const Rows& x, void* y) {
+  if (x.m == 0 || a.rows == 0) return;
+  auto held = pool.lock();
+  if (x.m <= few_rows) {
+    float* prepared = pool.common(table.prepared_floats(a, x.m));
+    table.prepare(a, x, prepared);
+    size_t grain = std::max<size_t>(rows_at_once(a.columns), a.rows / (16 * pool.threads()));
+    pool.each(a.rows, grain, [&](size_t first, size_t last, size_t) {
+      table.affine_few(a, x, prepared, y, first, last);
+    });
+    return;
+  }
+  float* packed = pool.common(table.packed_floats(x));
+  pool.each(table.pack_blocks(x), 1, [&](size_t first, size_t last, size_t) {
+    table.pack(x, packed, first, last);
+  });
+  size_t panels = (a.rows + table.panel_rows - 1) / table.panel_rows;
+  pool.each(panels, 1, [&](size_t first, size_t last, size_t thread) {
+    float* scratch = pool.scratch(thread, table.panel_floats(x));
+    table.affine_panels(a, x, packed, scratch, y, first, last);
+  });
+}
+
+void rms_norm(Pool& pool, const Table& table, const Rows& x, const void* weight, Type type,
+              float eps, void* y) {
+  pool.each(x.m, rows_at_once(x.n), [&](size_t first, size_t last, size_t) {
+    table.rms_norm(x, weight, type, eps, y, first, last);
+  });
+}
+
+void swiglu(Pool& pool, const Table& table, const Rows& x, void* y) {
+  pool.each(x.m, rows_at_once(x.n), [&](size_t first, size_t last, size_t) {
+    table.swiglu(x, y, first, last);
+  });
+}
+
+void rotate(Pool& pool, const Table& table, const Heads& x, const float* periods, int offset,
+            void* y) {
+  size_t half = x.dim / 2;
+  auto held = pool.lock();
+  float* angles = pool.common(2 * x.m * half);
+  for (size_t m = 0; m < x.m; ++m) {
+    for (size_t i = 0; i < half; ++i) {
+      float angle = float(offset + int(m)) * (1.0f / periods[i]);
+      angles[m * half + i] = std::cos(angle);
+      angles[(x.m + m) * half + i] = std::sin(angle);
+    }
+  }
+  pool.each(x.batch * x.heads, rows_at_once(x.m * x.dim), [&](size_t first, size_t last, size_t) {
+    table.rotate(x, angles, y, first, last);
+  });
+}
+
+void attention(Pool& pool, const Table& table, const Attention& a) {
+  size_t work = a.k.m * a.q.dim * (a.q.heads / a.k.heads) * a.q.m;
+  size_t parts = table.attention_parts(a);
+  if (parts == 0) return;
+  pool.each(parts, rows_at_once(work), [&](size_t first, size_t last, size_t thread) {
+    table.attention(a, pool.scratch(thread, table.attention_floats(a)), first, last);
+  });
+}
+
+}  // namespace mlk

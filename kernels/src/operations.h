@@ -1,0 +1,20 @@
+// The operations over whole arrays: an instruction set's table and the pool together.
+#pragma once
+
+#include "mlx_llama_kernels/pool.h"
+#include "mlx_llama_kernels/table.h"
+
+namespace mlk {
+
+const Table& chosen();
+// Take another instruction set, by name; false where this processor lacks it.
+bool choose(const char* name);
+
+void affine_product(Pool&, const Table&, const Affine&, const Rows& x, void* y);
+void rms_norm(Pool&, const Table&, const Rows& x, const void* weight, Type, float eps, void* y);
+void swiglu(Pool&, const Table&, const Rows& x, void* y);
+// periods: (dim / 2), 1 over the frequency; the first row stands at offset.
+void rotate(Pool&, const Table&, const Heads& x, const float* periods, int offset, void* y);
+void attention(Pool&, const Table&, const Attention&);
+
+}  // namespace mlk

@@ -1,0 +1,68 @@
+"""The native CPU kernels, where they are installed: a distribution of their own, `kernels/`.
+
+Owns finding them, and saying what is missing. `ops.py` decides when they are used.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_llama.config import QuantFormat
+
+MOST_GROUPS = 4096  # of a matrix's row
+MOST_HEAD_DIM = 512
+BITS = (2, 4, 8)
+GROUPS = (32, 64, 128)
+FLOATS = (mx.float32, mx.bfloat16, mx.float16)
+
+
+@cache
+def kernels() -> Any | None:
+    """Return the extension; None where it is missing or does not fit."""
+    return _found()[0]
+
+
+@cache
+def missing_reason() -> str | None:
+    """Say why there are none; None where there are."""
+    return _found()[1]
+
+
+@cache
+def _found() -> tuple[ModuleType | None, str | None]:
+    if sys.platform != "linux":
+        return None, "they are built on Linux alone"
+    try:
+        import mlx_llama_kernels
+    except ModuleNotFoundError:
+        return None, "mlx_llama_kernels is not installed"
+    except ImportError as error:
+        return None, str(error)
+    return mlx_llama_kernels, None
+
+
+def takes_format(form: QuantFormat) -> bool:
+    """Whether the kernels multiply by matrices of a format."""
+    return form.mode == "affine" and form.bits in BITS and form.group_size in GROUPS
+
+
+def takes_product(x: mx.array, scales: mx.array, form: QuantFormat) -> bool:
+    """Whether the kernels multiply x by a matrix of this format and these scales."""
+    return (
+        takes_format(form)
+        and x.shape[-1] <= MOST_GROUPS * form.group_size
+        and (x.dtype == mx.float32 or x.dtype == scales.dtype)
+    )
+
+
+def takes_heads(*arrays: mx.array) -> bool:
+    """Whether the kernels rotate and attend over such arrays (B, heads, L, D)."""
+    return all(
+        array.dtype in FLOATS and array.shape[-1] % 2 == 0 and array.shape[-1] <= MOST_HEAD_DIM
+        for array in arrays
+    )
