@@ -50,11 +50,12 @@ $(VENV)/.kernels: constraints.txt $(KERNEL_FILES) | $(VENV)/.installed
 	else echo "the native kernels could not be built ($(VENV)/kernels.log): going on without, 10 to 100 times slower on this CPU (docs/cpu.md)" >&2; fi
 
 # The arithmetic's own test program, under the sanitizers.
+kernels-check: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 kernels-check:
 	@for sanitizer in address,undefined thread; do \
 	  out=kernels/build/$$sanitizer; \
 	  cmake -S kernels -B $$out -DMLK_PYTHON=OFF -DMLK_TESTS=ON -DMLK_SANITIZE=$$sanitizer >/dev/null && \
-	  cmake --build $$out --parallel 2 >/dev/null && $$out/check || exit 1; done
+	  cmake --build $$out --parallel 2 >/dev/null && $$out/check 10 || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist kernels/build

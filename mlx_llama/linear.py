@@ -63,9 +63,10 @@ class Packed:
 
     def rows(self, ids: mx.array) -> mx.array:
         """Return the rows ids (...,) dequantized to (..., in)."""
-        scales, biases = (a if a is None else a[ids] for a in (self.scales, self.biases))
-        if biases is not None and self.dtype is not None:  # numbers, not bit patterns
-            scales, biases = scales.astype(self.dtype), biases.astype(self.dtype)
+        scales, biases = self.scales[ids], None
+        if self.biases is not None:  # scales are numbers then, not bit patterns
+            dtype = self.dtype or scales.dtype
+            scales, biases = scales.astype(dtype), self.biases[ids].astype(dtype)
         rows = mx.dequantize(
             self.weight[ids],
             scales,

@@ -153,16 +153,19 @@ def load(
     *,
     dtype: str | None = None,
     rope_linear: float | None = None,
+    threads: int | None = None,
     on_block: Callable[[int, int], None] | None = None,
 ) -> Llama:
     """Load a model directory.
 
     dtype: of activations and dense weights; None takes what suits weights and device. rope_linear:
     stretch the context of a model without RoPE scaling by this factor, at some cost of accuracy.
+    threads: of the native CPU kernels, for all models of the process; None leaves them as they are.
     on_block(done, total) is called after each layer. Raises CheckpointError, TokenizerError,
     UnsupportedModelError or OptionError, each with one line that says what to do.
     """
-    options = LoadOptions(dtype=dtype, rope_linear=rope_linear)
+    options = LoadOptions(dtype=dtype, rope_linear=rope_linear, threads=threads)
+    ops.use_threads(options.threads)
     directory = path if isinstance(path, ModelDirectory) else open_model_directory(Path(path))
     config, chosen = directory.config_with(options), directory.dtype_with(options)
     model = build_model(config, directory.arrays(), dtype=chosen, on_block=on_block)

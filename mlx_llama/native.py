@@ -35,7 +35,7 @@ def missing_reason() -> str | None:
 
 @cache
 def _found() -> tuple[ModuleType | None, str | None]:
-    if sys.platform != "linux":
+    if not can_be_built():
         return None, "they are built on Linux alone"
     try:
         import mlx_llama_kernels
@@ -44,6 +44,11 @@ def _found() -> tuple[ModuleType | None, str | None]:
     except ImportError as error:
         return None, str(error)
     return mlx_llama_kernels, None
+
+
+def can_be_built() -> bool:
+    """Whether the extension is meant for this machine."""
+    return sys.platform == "linux"
 
 
 def takes_format(form: QuantFormat) -> bool:

@@ -64,6 +64,20 @@ def scales_dtype(stored: mx.Dtype, compute: mx.Dtype, form: QuantFormat) -> mx.D
     return stored if keeps else compute
 
 
+def native_summary() -> str:
+    """Say what computes on a CPU: the kernels' instructions and threads, or why there are none."""
+    if (ours := kernels()) is not None:
+        return f"native kernels: {ours.instructions()}, {ours.threads()} threads"
+    if backend() != "cpu":
+        return "MLX's own kernels"
+    return f"MLX's own operations, one thread: {native.missing_reason()}"
+
+
+def slow_reason() -> str | None:
+    """Say why products are many times slower than they could be here; None where they are not."""
+    return native.missing_reason() if backend() == "cpu" and native.can_be_built() else None
+
+
 def is_native_format(form: QuantFormat) -> bool:
     """Whether the native kernels multiply by packed matrices of this format."""
     return native.takes_format(form)

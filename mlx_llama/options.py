@@ -221,6 +221,13 @@ class LoadOptions(_Checked):
         low=1.0,
         high=1024.0,
     )
+    threads: int | None = _option(
+        None,
+        "threads of the native CPU kernels (default: the processors that this process may use, as "
+        "OMP_NUM_THREADS and its control group limit them)",
+        low=1,
+        high=1024,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,10 @@ NEVER = {"torch", "transformers", "pickle", "tokenizers", "jinja2", "mlx_lm"}
 
 # The one file that imports it, and only inside functions: a slow import that most commands do not
 # need.
-ONLY_IN = {"huggingface_hub": PACKAGES["mlx_llama_convert"] / "hub.py"}
+ONLY_IN = {
+    "huggingface_hub": PACKAGES["mlx_llama_convert"] / "hub.py",
+    "mlx_llama_kernels": PACKAGES["mlx_llama"] / "native.py",
+}
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -77,6 +80,7 @@ def test_only_ops_asks_which_device_runs() -> None:
     for file in PACKAGES["mlx_llama"].rglob("*.py"):
         if file.name == "ops.py":
             continue
+        assert file.name == "native.py" or "mlx_llama.native" not in set(imports(file)), f"{file}"
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
                 assert node.attr not in asking, f"{file}:{node.lineno}"

@@ -15,7 +15,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from mlx_llama.options import ContextOptions, LoadOptions
+from mlx_llama_apps.progress import remark
 from mlx_llama_apps.terminal import StatusLine
+
+NOTICEABLE_BYTES = 64 << 20  # weights of a model that is slow enough to say why
+SLOWER = "quantized models run 20 times slower and more; `make kernels` builds them (docs/cpu.md)"
 
 if TYPE_CHECKING:
     from mlx_llama import Llama, Step
@@ -153,6 +157,7 @@ def model_loader(
     """
 
     def load() -> Llama:
+        from mlx_llama import ops
         from mlx_llama.context import plan_context
         from mlx_llama.loading import load, open_model_directory
 
@@ -160,6 +165,9 @@ def model_loader(
             status.show(f"loading {path.name}: layer {done} of {total}")
 
         directory = open_model_directory(path)
+        is_large = directory.weight_bytes >= NOTICEABLE_BYTES
+        if is_large and directory.native_formats and (reason := ops.slow_reason()) is not None:
+            remark(f"without native CPU kernels ({reason}): {SLOWER}")
         dtype = directory.dtype_with(load_options)
         plan_context(
             context_options,

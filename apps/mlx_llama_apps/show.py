@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from mlx_llama.options import ContextOptions, LoadOptions
 from mlx_llama_apps import paths
 from mlx_llama_apps.flags import LoadFlags, PlanFlags, given
+from mlx_llama_apps.inference import SLOWER
 from mlx_llama_apps.terminal import size, visible
 
 if TYPE_CHECKING:
@@ -97,6 +98,12 @@ def model_facts(
         "tokenizer": directory.tokenizer.family,
         "source_files": _source_files(directory.path),
         "backend": ops.backend(),
+        "kernels": {
+            "summary": ops.native_summary(),
+            "missing": ops.slow_reason(),
+            "formats": directory.native_formats,
+            "other_formats": directory.other_formats,
+        },
         "dtype": str(dtype).removeprefix("mlx.core."),
     }
 
@@ -166,12 +173,23 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             f"{size(facts['weight_bytes'])}, {facts['bits_per_weight']:.2f} bits per weight",
         ),
         ("runs on", f"{facts['backend']}, {facts['dtype']}"),
+        ("kernels", _kernels(facts)),
         *_memory_rows(facts["memory"]),
     ]
     for file in facts["source_files"]:
         digest = f"sha256 {str(file.get('sha256', ''))[:16]}…"
         rows.append(("made of", f"{file.get('name')}, {_file_size(file)}, {digest}"))
     return rows
+
+
+def _kernels(facts: dict[str, Any]) -> str:
+    kernels = facts["kernels"]
+    if kernels["missing"] is not None:
+        return f"{kernels['summary']}; {SLOWER}"
+    others = ", ".join(kernels["other_formats"])
+    if facts["backend"] == "cpu" and others:
+        return f"{kernels['summary']}; MLX's own operations, slower, for {others}"
+    return kernels["summary"]
 
 
 def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:

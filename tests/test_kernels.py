@@ -1,0 +1,250 @@
+"""The native kernels against float64: shapes, strides, types, instruction sets, threads."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_llama import native, ops
+from mlx_llama.errors import OptionError
+
+INSTALLED = native.kernels()
+needs_kernels = pytest.mark.skipif(
+    INSTALLED is None, reason=f"no native kernels: {native.missing_reason()}"
+)
+INSTRUCTIONS = ("baseline", "avx2", "avx512")
+HALF_STEP = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
+LEAST = {mx.float32: 1e-37, mx.float16: 6e-8, mx.bfloat16: 1e-37}
+types = st.sampled_from([mx.float32, mx.bfloat16, mx.float16])
+seeds = st.integers(0, 2**31)
+many = settings(max_examples=60, deadline=None)
+
+
+@pytest.fixture(
+    params=[(name, n) for name in INSTRUCTIONS for n in (1, 3)], ids=str, scope="module"
+)
+def kernels(request: pytest.FixtureRequest) -> Iterator[object]:
+    assert INSTALLED is not None
+    name, threads = request.param
+    before = INSTALLED.instructions(), INSTALLED.threads()
+    if not INSTALLED.use_instructions(name):
+        pytest.skip(f"this processor has no {name}")
+    INSTALLED.use_threads(threads)
+    yield INSTALLED
+    INSTALLED.use_instructions(before[0])
+    INSTALLED.use_threads(before[1])
+
+
+def float64(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32), dtype=np.float64)
+
+
+def laid_out(values: np.ndarray, layout: str, dtype: mx.Dtype) -> mx.array:
+    """Return values (m, n) as an array that stands in memory in another way."""
+    x = mx.array(values.astype(np.float32)).astype(dtype)
+    if layout == "columns":
+        return mx.contiguous(x.T).T
+    if layout == "every other":
+        return mx.repeat(x, 2, axis=-1)[:, ::2]
+    if layout == "broadcast":
+        return mx.broadcast_to(x[:1], x.shape)
+    return x
+
+
+layouts = st.sampled_from(["whole", "columns", "every other", "broadcast"])
+
+
+def assert_close(found: mx.array, expected: np.ndarray, size: np.ndarray, bound: float) -> None:
+    """Compare within bound of size, what was added, and the rounding of the result."""
+    allowed = bound * size + HALF_STEP[found.dtype] * np.abs(expected) + LEAST[found.dtype]
+    assert found.shape == expected.shape
+    assert (np.abs(float64(found) - expected) <= allowed).all()
+
+
+@needs_kernels
+@many
+@given(
+    seeds, st.sampled_from([2, 4, 8]), st.sampled_from([32, 64, 128]), st.integers(0, 30),
+    st.integers(1, 70), st.integers(1, 9), types, types, layouts,
+)  # fmt: skip
+def test_products_are_those_of_float64(
+    kernels: object, seed: int, bits: int, group: int, m: int, rows: int, groups: int,
+    dtype: mx.Dtype, scale_dtype: mx.Dtype, layout: str,
+) -> None:  # fmt: skip
+    random, columns = np.random.default_rng(seed), group * groups
+    x = laid_out(random.normal(size=(m, columns)), layout, dtype)
+    weight = mx.array(random.integers(0, 2**32, (rows, columns * bits // 32), dtype=np.uint32))
+    scales, biases = (
+        mx.array(random.normal(size=(rows, groups)).astype(np.float32)).astype(scale_dtype)
+        for _ in range(2)
+    )
+    found = kernels.quantized_matmul(x, weight, scales, biases, group_size=group, bits=bits)
+    words = np.array(weight)[:, :, None] >> np.arange(0, 32, bits, dtype=np.uint32)
+    numbers = (words & (2**bits - 1)).reshape(rows, columns).astype(np.float64)
+    scale, bias = (np.repeat(float64(a), group, axis=1) for a in (scales, biases))
+    wide = float64(x)
+    size = np.abs(wide) @ (np.abs(scale) * numbers + np.abs(bias)).T
+    assert found.dtype == dtype
+    assert_close(found, wide @ (scale * numbers + bias).T, size, math.sqrt(columns) * 2**-24)
+
+
+@needs_kernels
+@many
+@given(seeds, st.integers(0, 9), st.integers(1, 1100), types, types, layouts)
+def test_norms_and_gates_are_those_of_float64(
+    kernels: object, seed: int, m: int, n: int, dtype: mx.Dtype, other: mx.Dtype, layout: str
+) -> None:
+    random = np.random.default_rng(seed)
+    x = laid_out(random.normal(size=(m, n)), layout, dtype)
+    weight = mx.array(random.normal(size=n).astype(np.float32)).astype(other)
+    wide = float64(x)
+    expected = wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + 1e-5) * float64(weight)
+    assert_close(kernels.rms_norm(x, weight, 1e-5), expected, np.abs(expected), 1e-6)
+    pairs = laid_out(random.normal(size=(m, 2 * n)) * 8, layout, dtype)
+    gate, up = np.split(float64(pairs), 2, axis=-1)
+    expected = gate / (1 + np.exp(-gate)) * up
+    assert_close(kernels.swiglu(pairs), expected, np.abs(expected), 1e-6)
+
+
+@needs_kernels
+@many
+@given(
+    seeds, st.integers(1, 2), st.integers(1, 3), st.integers(1, 4), st.integers(0, 40),
+    st.integers(0, 200), st.integers(1, 40), types, types, st.booleans(),
+)  # fmt: skip
+def test_heads_turn_and_attend_as_in_float64(
+    kernels: object, seed: int, batch: int, shared: int, group: int, m: int, before: int,
+    half: int, dtype: mx.Dtype, cached: mx.Dtype, is_strided: bool,
+) -> None:  # fmt: skip
+    random, dim, rows = np.random.default_rng(seed), 2 * half, m + before
+
+    def heads(n_heads: int, n_rows: int, kind: mx.Dtype) -> mx.array:
+        shape = (batch, n_rows + 3, n_heads, dim)
+        x = mx.array(random.normal(size=shape).astype(np.float32)).astype(kind)
+        x = x[:, :n_rows].swapaxes(1, 2)
+        return x if is_strided else mx.contiguous(x)
+
+    q, k, v = (
+        heads(shared * group, m, dtype),
+        heads(shared, rows, cached),
+        heads(shared, rows, cached),
+    )
+    periods = np.exp(random.uniform(0, 9, half)).astype(np.float32)
+    wide = float64(q)
+    angles = (np.arange(before, rows, dtype=np.float32)[:, None] * (1 / periods)).astype(np.float64)
+    a, b = np.split(wide, 2, axis=-1)
+    turned = np.concatenate(
+        [a * np.cos(angles) - b * np.sin(angles), a * np.sin(angles) + b * np.cos(angles)], axis=-1
+    )
+    size = np.tile(np.abs(a) + np.abs(b), 2)
+    assert_close(kernels.rotate(q, mx.array(periods), before), turned, size, 2.0**-22)
+
+    keys, values = (np.repeat(float64(x), group, axis=1) for x in (k, v))
+    scores = wide @ keys.swapaxes(-1, -2) * dim**-0.5
+    hidden = np.arange(rows)[None] > np.arange(before, rows)[:, None]
+    weights = np.exp(
+        np.where(hidden, -np.inf, scores - scores.max(axis=-1, keepdims=True, initial=-99))
+    )
+    weights /= weights.sum(axis=-1, keepdims=True)
+    found = kernels.attention(q, k, v, dim**-0.5)
+    assert_close(found, weights @ values, weights @ np.abs(values), 5e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_in_its_row(kernels: object, bad: float) -> None:
+    for m in (3, 20):
+        x = np.ones((m, 64), dtype=np.float32)
+        x[1, 7] = bad
+        packed = mx.quantize(mx.random.normal((40, 64)), group_size=32, bits=4)
+        for found in (
+            kernels.quantized_matmul(mx.array(x), *packed, group_size=32, bits=4),
+            kernels.rms_norm(mx.array(x), mx.ones(64), 1e-5),
+            kernels.swiglu(mx.array(x)),
+        ):
+            rows = np.isfinite(np.array(found)).all(axis=1)
+            assert not rows[1] and rows[[i for i in range(m) if i != 1]].all()
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 3}, "bits: found 3, expected 2, 4 or 8"),
+        ({"group_size": 48}, "group_size: found 48"),
+        ({"group_size": 32}, "scales and biases: expected 8 rows of 4"),
+        ({"bits": 8}, "weight: rows of 16 words, expected 32"),
+    ],
+)
+def test_wrong_shapes_are_refused(changes: dict[str, int], message: str) -> None:
+    assert INSTALLED is not None
+    packed = mx.quantize(mx.zeros((8, 128)), group_size=64, bits=4)
+    with pytest.raises(ValueError, match=message):
+        INSTALLED.quantized_matmul(
+            mx.zeros((1, 128)), *packed, **{"group_size": 64, "bits": 4, **changes}
+        )
+
+
+@needs_kernels
+def test_a_cache_that_was_forked_is_not_written_through(tmp_path: Path) -> None:
+    """The kernels read buffers that MLX writes in place: what still is to be read is kept."""
+    assert INSTALLED is not None
+    buffer = mx.zeros((1, 1, 64, 32))
+    mx.eval(buffer)
+    q = mx.ones((1, 1, 1, 32))
+    outs = []
+    for row in range(64):
+        buffer[..., row : row + 1, :] = mx.full((1, 1, 1, 32), row + 1.0)
+        outs.append(
+            INSTALLED.attention(q, buffer[..., : row + 1, :] * 0, buffer[..., : row + 1, :], 1.0)
+        )
+    mx.eval(outs)
+    found = [float(out[0, 0, 0, 0].item()) for out in outs]
+    assert found == pytest.approx([(row + 2) / 2 for row in range(64)], rel=1e-6)
+
+
+@needs_kernels
+def test_another_mlx_is_refused_by_name() -> None:
+    code = (
+        "import mlx.core as mx; mx.__version__ = '9.9.9'\n"
+        "from mlx_llama import native\n"
+        "assert native.kernels() is None\n"
+        "print(native.missing_reason())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "found mlx 9.9.9: build it again (make kernels)" in done.stdout
+
+
+@needs_kernels
+def test_threads_are_those_of_the_environment() -> None:
+    code = "import mlx_llama_kernels; print(mlx_llama_kernels.threads())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={"OMP_NUM_THREADS": "1", "PATH": ""},
+    )  # fmt: skip
+    assert done.stdout.strip() == "1"
+
+
+@needs_kernels
+def test_threads_can_be_chosen() -> None:
+    assert INSTALLED is not None
+    before = INSTALLED.threads()
+    ops.use_threads(2)
+    assert INSTALLED.threads() == 2
+    ops.use_threads(before)
+
+
+def test_threads_without_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "kernels", lambda: None)
+    monkeypatch.setattr(native, "missing_reason", lambda: "mlx_llama_kernels is not installed")
+    with pytest.raises(OptionError, match=r"--threads 2: .* mlx_llama_kernels is not installed"):
+        ops.use_threads(2)
