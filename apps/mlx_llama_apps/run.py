@@ -16,7 +16,7 @@ from mlx_llama.options import ContextOptions, GenerationOptions, LoadOptions
 from mlx_llama_apps import paths
 from mlx_llama_apps.flags import ContextFlags, GenerationFlags, LoadFlags, given
 from mlx_llama_apps.inference import Inference, model_loader
-from mlx_llama_apps.progress import prefill_progress, told_when_forgotten
+from mlx_llama_apps.progress import prefill_progress, remark, told_when_forgotten
 from mlx_llama_apps.terminal import StatusLine, read_stdin, write_text
 
 if TYPE_CHECKING:
@@ -103,8 +103,8 @@ def _asking(
 
 
 def _print_text(steps: Iterator[Step], status: StatusLine) -> None:
-    """Print the text as it comes and end it with one newline."""
-    last = ""
+    """Print the text as it comes and end it with one newline; say when the context cut it."""
+    last, step = "", None
     try:
         for step in steps:
             status.close()
@@ -116,6 +116,11 @@ def _print_text(steps: Iterator[Step], status: StatusLine) -> None:
             _end_line(last)
         raise
     _end_line(last)
+    if step is not None and step.finish_reason == "context" and step.stats is not None:
+        remark(
+            f"the answer was cut: the context of {step.stats.context_limit} tokens is full; raise "
+            "--context, or take --on-full slide"
+        )
 
 
 def _end_line(last: str) -> None:
