@@ -168,7 +168,7 @@ def config_from_hf(raw: Mapping[str, Any], *, kind: str, is_tied: bool | None) -
             f"config.json: tie_word_embeddings is {tied!r}, expected true or false"
         )
     theta, scaling = rope_from_hf(raw)
-    quantization, overrides = _quantization_from_hf(raw)
+    quantization, overrides = quantization_from_hf(raw)
     bos = _ids(raw, "bos_token_id")
     return ModelConfig(
         dim=dim,
@@ -276,9 +276,10 @@ def _scaling(part: Mapping[str, Any]) -> RopeScaling | None:
     )
 
 
-def _quantization_from_hf(
+def quantization_from_hf(
     raw: Mapping[str, Any],
 ) -> tuple[QuantFormat | None, dict[str, QuantFormat | None]]:
+    """Read the default format of packed tensors, and those of single modules."""
     entry = raw.get("quantization")
     if entry is None:
         if foreign := raw.get("quantization_config"):

@@ -18,6 +18,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from mlx_llama.errors import OptionError
 
 KV_BITS = (16, 8, 4, "16:8", "16:4", "8:16", "8:4", "4:16", "4:8")
+METHODS = ("rtn", "mse")
+MODE_BITS = {"affine": 4, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4}  # what each has by default
 DTYPE_NAMES = ("bfloat16", "float16", "float32")
 DEFAULT_TEMPERATURE = 0.6  # Meta's reference code and the Llama 3 release
 DEFAULT_TOP_P = 0.9
@@ -290,7 +292,7 @@ class ContextOptions(_Checked):
 class ConvertOptions(_Checked):
     """What a model directory shall hold."""
 
-    bits: int = _option(4, "bits per weight", choices=(2, 3, 4, 5, 6, 8))
+    bits: int | None = _option(None, "bits per weight (default: 4)", choices=(2, 3, 4, 5, 6, 8))
     group_size: int | None = _option(
         None,
         "weights that share a scale (default: 64, or the largest that divides a width)",
@@ -308,6 +310,27 @@ class ConvertOptions(_Checked):
     rope_factor: float | None = _option(
         None, "factor of Llama 3.1's RoPE scaling (default: found out)", low=1.0, high=1024.0
     )
+    mode: str = _option("affine", "format: affine, mxfp4, mxfp8 or nvfp4", choices=tuple(MODE_BITS))
+    method: str = _option(
+        "rtn",
+        "how scales are chosen: rtn (round to nearest, from minimum and maximum) or mse (least "
+        "squared error of the weights; default of quantize)",
+        choices=METHODS,
+    )
+    override: list[str] = _option(
+        [],
+        "PATTERN=BITS[:GROUP], PATTERN=MODE or PATTERN=dense for the tensors that a pattern means: "
+        "attention, feed-forward, embedding, head, or a name with *; the last one counts; "
+        "repeatable",
+    )
+    allow_requantize: bool = _option(
+        False, "take a source that is quantized already, whose errors stay"
+    )
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Bits of most weights, None without quantization."""
+        return (self.bits or MODE_BITS[self.mode]) if self.quantize else None
 
 
 def generation_options(given: Mapping[str, Any]) -> GenerationOptions:

@@ -21,7 +21,14 @@ def test_commands_page_is_the_help() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/downloads.md", "docs/model-directory.md", "docs/python.md"]
+    "document",
+    [
+        "README.md",
+        "docs/downloads.md",
+        "docs/model-directory.md",
+        "docs/python.md",
+        "docs/quantize.md",
+    ],
 )
 def test_commands_and_options_in_documents_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")

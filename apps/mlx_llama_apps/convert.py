@@ -67,30 +67,49 @@ def convert(
     offline
         open no connection: take a hub repository's files from the cache
     """
-    from mlx_llama_convert import make_plan
-    from mlx_llama_convert.output import check_target
-    from mlx_llama_convert.resources import needs_of
-
     wanted = given(flags)
     if no_quantize and "bits" in wanted:
         raise OptionError("--bits: does nothing with --no-quantize; leave one of them out")
     options = ConvertOptions(**wanted, quantize=not no_quantize)
-    bits = options.bits if options.quantize else None
-    target = output or paths.default_output(Path(source), bits=bits)
+    target = output or paths.default_output(Path(source), bits=options.weight_bits)
     if not dry_run:
-        check_target(target, force=force)
-    opened = _open(
+        refuse_target(target, force=force)
+    opened = open_named(
         source, options, revision=revision, offline=offline, is_dry=dry_run, is_quiet=quiet
     )
-    if opened is None:
-        return
-    plan = make_plan(opened, options)
+    if opened is not None:
+        build(opened, options, target, dry_run=dry_run, force=force, verify=verify, quiet=quiet)
+
+
+def refuse_target(target: Path, *, force: bool) -> None:
+    """Refuse an output that could not be written, before anything is read."""
+    from mlx_llama_convert.output import check_target
+
+    check_target(target, force=force)
+
+
+def build(
+    source: SourceModel,
+    options: ConvertOptions,
+    target: Path,
+    *,
+    dry_run: bool,
+    force: bool,
+    quiet: bool,
+    verify: bool = False,
+) -> None:
+    """Show the plan and carry it out; prints the directory's path."""
+    from mlx_llama_convert import make_plan
+    from mlx_llama_convert.resources import needs_of
+
+    plan = make_plan(source, options)
     needs = needs_of(
         weights=plan.config.parameter_count,
         output_bytes=plan.output_bytes,
         form=plan.config.quantization,
         target=target,
         n_threads=thread_count(),
+        method=options.method,
     )
     if dry_run or not quiet:
         for line in [*plan_lines(plan, target), needs_line(needs)]:
@@ -101,7 +120,7 @@ def convert(
         print(target)
 
 
-def _open(
+def open_named(
     source: str,
     options: ConvertOptions,
     *,
@@ -193,7 +212,17 @@ def plan_lines(plan: ConversionPlan, target: Path) -> list[str]:
         lines.append(f"RoPE      factor {config.rope_scaling.factor:g} ({source.rope})")
     lines += [
         f"matrices  {stored}",
+        *(f"          {line}" for line in policy_lines(plan)),
         f"output    {target} ({size(plan.output_bytes)}, "
         f"{plan.bits_per_weight:.2f} bits per weight)",
     ]
     return lines + [f"note      {note}" for note in plan.notes]
+
+
+def policy_lines(plan: ConversionPlan) -> list[str]:
+    """Say of each class of tensor how it is stored."""
+    lines: list[str] = []
+    for each, counts in plan.policy.items():
+        tied = " (the embedding, tied)" if each == "head" and plan.config.tied else ""
+        lines.append(f"{each + tied}: {', '.join(f'{n} × {how}' for how, n in counts.items())}")
+    return [*lines, "norms: never packed"]

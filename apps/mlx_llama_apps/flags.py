@@ -62,7 +62,10 @@ if TYPE_CHECKING:
         """The fields of `GenerationOptions`, each None when it was not given."""
 
     class ConvertFlags:
-        """The fields of `ConvertOptions`, each None when it was not given."""
+        """The fields of `ConvertOptions` that a plain conversion has, None when not given."""
+
+    class QuantizeFlags:
+        """All fields of `ConvertOptions`, each None when it was not given."""
 
     class ContextFlags:
         """The fields of `ContextOptions`, each None when it was not given."""
@@ -80,7 +83,10 @@ else:
             logit_bias=list[str],
         )
     )
-    ConvertFlags = Parameter(name="*")(_flags_of(ConvertOptions))
+    ConvertFlags = Parameter(name="*")(
+        _flags_of(ConvertOptions, only=("bits", "group_size", "dtype", "kind", "rope_factor"))
+    )
+    QuantizeFlags = Parameter(name="*")(_flags_of(ConvertOptions))
     CONTEXT_TYPES = {"context": str, "kv_bits": str}
     ContextFlags = Parameter(name="*")(_flags_of(ContextOptions, **CONTEXT_TYPES))
     PlanFlags = Parameter(name="*")(

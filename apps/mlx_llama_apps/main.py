@@ -25,7 +25,7 @@ from cyclopts import (
 
 import mlx_llama
 from mlx_llama.errors import MlxLlamaError, OptionError, is_ctrl_c
-from mlx_llama_apps import chat, compare, convert, pull, run, show, verify
+from mlx_llama_apps import chat, compare, convert, pull, quantize, run, show, verify
 from mlx_llama_apps.terminal import visible
 
 EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 1, 2, 130
@@ -48,6 +48,7 @@ app = App(
 )
 COMMANDS = {
     "convert": convert.convert,
+    "quantize": quantize.quantize,
     "pull": pull.pull,
     "verify": verify.verify,
     "show": show.show,

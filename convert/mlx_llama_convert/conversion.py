@@ -132,6 +132,7 @@ def _write_weights(
             plan.forms,
             dtype=plan.options.dtype,
             n_threads=n_threads,
+            method=plan.options.method,
             names=shards[number],
         )
         with (
@@ -251,6 +252,8 @@ def _manifest(
         "weight_bytes": plan.output_bytes,
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "matrices": plan.format_counts,
+        "policy": plan.policy,
+        "method": plan.options.method if plan.options.quantize else None,
         "notes": [*plan.notes],
         "verification": None if verification is None else asdict(verification),
     }

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_llama.config import ModelConfig, config_from_hf
+from mlx_llama.config import ModelConfig, config_from_hf, quantization_from_hf
 from mlx_llama.errors import CheckpointError, OptionError, UnsupportedModelError
 from mlx_llama.kinds import decide_rope_factor
 from mlx_llama.loading import (
@@ -19,6 +19,7 @@ from mlx_llama.loading import (
     recorded_stop_ids,
 )
 from mlx_llama.options import ConvertOptions
+from mlx_llama.packed_ref import packed_ref
 from mlx_llama.sampling import sampling_defaults
 from mlx_llama.strict_json import load_json
 from mlx_llama.tensor_ref import TensorRef
@@ -45,13 +46,21 @@ def holds_huggingface(folder: Path) -> bool:
 def open_huggingface(folder: Path, options: ConvertOptions, name: str | None = None) -> SourceModel:
     """Describe a folder in Hugging Face's layout; name: of the model, beside the folder's."""
     raw = load_json(folder / "config.json", max_bytes=MAX_JSON_BYTES)
-    refuse_packed_folder(folder, raw)
+    is_packed = options.allow_requantize and raw.get("quantization") is not None
+    if not is_packed:
+        refuse_packed_folder(folder, raw)
     form, *others = [form for form in _FORMATS if form.is_in(folder)]
     refs = form.open(folder)
-    refuse_packed_tensors(folder, refs)
-    tensors, is_interleaved = _by_meta_name(folder, refs)
+    files = sorted({ref.path for ref in refs.values()})
+    unpacked: Mapping[str, LogicalTensor] = refs
+    if is_packed:
+        unpacked = unpack(refs, raw)
+    refuse_packed_tensors(folder, unpacked)
+    tensors, is_interleaved = _by_meta_name(folder, unpacked)
     is_tied = _decide_tied(folder, raw, tensors)
     raw, notes = _completed(raw, tensors)
+    if is_packed:
+        notes.append("the source is quantized already: its errors stay, and new ones are added")
     config = config_from_hf({**raw, "tie_word_embeddings": is_tied}, kind="llama2", is_tied=None)
     tokenizer = open_folder_tokenizer(folder, n_rows=config.vocab_size)
     check_vocabulary(tokenizer, config.vocab_size, is_padded=True)
@@ -64,6 +73,8 @@ def open_huggingface(folder: Path, options: ConvertOptions, name: str | None = N
         config,
         kind=kind.value,
         dtype=tensors[EMBEDDING].dtype,
+        quantization=None,
+        overrides={},
         bos_id=None,
         eos_ids=recorded_stop_ids(folder, raw, generation, vocab_size=config.vocab_size),
     )
@@ -75,7 +86,7 @@ def open_huggingface(folder: Path, options: ConvertOptions, name: str | None = N
         path=folder,
         layout=f"Hugging Face checkpoint, {form.name}",
         files=(
-            *sorted({ref.path for ref in refs.values()}),
+            *files,
             tokenizer.path,
             *(path for path in said if path.is_file()),
         ),
@@ -89,6 +100,20 @@ def open_huggingface(folder: Path, options: ConvertOptions, name: str | None = N
     )
 
 
+def unpack(refs: Mapping[str, TensorRef], raw: Mapping[str, Any]) -> dict[str, LogicalTensor]:
+    """Return tensors packed by MLX as the numbers that they stand for; raw: config.json."""
+    default, overrides = quantization_from_hf(raw)
+    unpacked: dict[str, LogicalTensor] = {}
+    for name, ref in refs.items():
+        module, _, part = name.rpartition(".")
+        if f"{module}.scales" not in refs:
+            unpacked[name] = ref
+        elif part == "weight":
+            form = overrides.get(module, default)
+            unpacked[name] = packed_ref(refs, module, form, dtype=None)
+    return unpacked
+
+
 def _notes(config: ModelConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
     notes = ["the output is the embedding (tied)"] if config.tied else []
     if n_unnamed := config.vocab_size - tokenizer.vocab_size:
@@ -100,7 +125,7 @@ def _notes(config: ModelConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 def _by_meta_name(
-    folder: Path, refs: Mapping[str, TensorRef]
+    folder: Path, refs: Mapping[str, LogicalTensor]
 ) -> tuple[dict[str, LogicalTensor], bool]:
     """Return the tensors by Meta's names, and whether the file itself used them.
 

@@ -7,7 +7,7 @@ exactly this.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from mlx_llama.config import ModelConfig, QuantFormat
@@ -19,7 +19,7 @@ from mlx_llama.safetensors_writer import Entry, entry_nbytes
 from mlx_llama.weights import count_formats, hf_module, is_matrix
 from mlx_llama_convert.source import SourceModel
 from mlx_llama_quantize import QuantSpec, packed_entries
-from mlx_llama_quantize.spec import DEFAULT_GROUP_SIZE
+from mlx_llama_quantize.spec import CLASSES, DEFAULT_GROUP_SIZE, Override, mode_format, tensor_class
 
 # Parameters: large enough to be used for its answers, small enough to suffer from 4 bits.
 SMALL_MODEL = (100_000_000, 2_000_000_000)
@@ -67,10 +67,22 @@ class ConversionPlan:
     @property
     def format_counts(self) -> dict[str, int]:
         """Number of matrices by how they are stored, such as "4 bits, group 64"."""
+        return self._count(name for name in self.forms if is_matrix(name))
+
+    @property
+    def policy(self) -> dict[str, dict[str, int]]:
+        """The same for each class of tensor: attention, feed-forward, embedding, head."""
+        classes = {name: tensor_class(name, is_tied=self.config.tied) for name in self.forms}
+        counted = {
+            each: self._count(name for name, found in classes.items() if found == each)
+            for each in CLASSES
+        }
+        return {each: counts for each, counts in counted.items() if counts}
+
+    def _count(self, names: Iterable[str]) -> dict[str, int]:
         return count_formats(
-            (form, self.options.dtype or self.source.weights.dtype(name))
-            for name, form in self.forms.items()
-            if is_matrix(name)
+            (self.forms[name], self.options.dtype or self.source.weights.dtype(name))
+            for name in names
         )
 
 
@@ -80,12 +92,26 @@ def make_plan(source: SourceModel, options: ConvertOptions) -> ConversionPlan:
     Raises OptionError for a setting that could not take effect.
     """
     weights = source.weights
-    spec = _spec(options)
+    spec = _spec(source, options)
     forms = {n: spec.format_of(n, weights.shape(n)) if spec else None for n in weights.names()}
+    if spec and (unused := spec.unused(forms)):
+        raise OptionError(
+            f"--override {unused[0]}: means no matrix; take a class ({', '.join(CLASSES)}) or a "
+            "name such as layers.0.attention.wq or model.layers.0.*, with * and ?"
+        )
     if spec and not any(forms.values()):
         raise OptionError(
             "--bits: no matrix has a width that a group of 32 divides, none can be packed; "
-            "take --no-quantize"
+            "convert it with --no-quantize"
+        )
+    if (
+        options.method != "rtn"
+        and spec
+        and not any(f and f.mode == "affine" for f in forms.values())
+    ):
+        raise OptionError(
+            f"--method {options.method}: mode {options.mode} has one way to choose its scales; "
+            "take --method rtn"
         )
     config = _config(source, options, spec, forms)
     return ConversionPlan(
@@ -97,12 +123,17 @@ def make_plan(source: SourceModel, options: ConvertOptions) -> ConversionPlan:
     )
 
 
-def _spec(options: ConvertOptions) -> QuantSpec | None:
-    if options.quantize:
-        return QuantSpec(options.bits, options.group_size or DEFAULT_GROUP_SIZE)
-    if options.group_size is not None:
-        raise OptionError("--group-size: does nothing with --no-quantize; leave one of them out")
-    return None
+def _spec(source: SourceModel, options: ConvertOptions) -> QuantSpec | None:
+    if not options.quantize:
+        if options.group_size is not None:
+            raise OptionError(
+                "--group-size: does nothing with --no-quantize; leave one of them out"
+            )
+        return None
+    form = mode_format(options.mode, options.bits, options.group_size)
+    group_size = options.group_size or DEFAULT_GROUP_SIZE
+    overrides = tuple(Override.parse(o, group_size=group_size) for o in options.override)
+    return QuantSpec(form.bits, form.group_size, form.mode, overrides, is_tied=source.config.tied)
 
 
 def _config(
@@ -141,12 +172,12 @@ def _notes(
             "Llama 3.2 1B, activations in 8 bits too): --bits 8 loses little, --group-size 32 less"
         )
     odd = Counter(
-        (source.weights.shape(name)[-1], form)
+        (source.weights.shape(name)[-1], wanted.group_size, form)
         for name, form in forms.items()
-        if is_matrix(name) and form != spec.default
+        if (wanted := spec.wanted(name)) and form != wanted
     )
-    for (width, form), count in odd.items():
+    for (width, group_size, form), count in odd.items():
         number = f"{count} matrices" if count > 1 else "1 matrix"
         how = "not packed" if form is None else f"packed in groups of {form.group_size}"
-        notes.append(f"{number} of width {width} {how}: {spec.group_size} does not divide it")
+        notes.append(f"{number} of width {width} {how}: {group_size} does not divide it")
     return notes

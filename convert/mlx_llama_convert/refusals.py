@@ -110,7 +110,8 @@ def _method(raw: Mapping[str, Any]) -> str | None:
 
 
 def _already_packed(folder: Path, method: str) -> UnsupportedModelError:
+    hint = ", or quantize --allow-requantize" if method.startswith("MLX") else ""
     return UnsupportedModelError(
         f"{folder}: already quantized with {method}; packing it again would lose more, take the "
-        "unquantized release"
+        f"unquantized release{hint}"
     )

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_llama.config import QuantFormat
 from mlx_llama.errors import OutputError
 from mlx_llama.memory import available_memory
-from mlx_llama_quantize.packing import BLOCK_BYTES
+from mlx_llama_quantize.packing import BLOCK_BYTES, pack_matrix
 
 PROGRAM_BYTES = 200_000_000  # Python, MLX and a tokenizer
 # A block as read, as float32 inside MLX, and packed; as many blocks wait as there are threads.
@@ -53,6 +53,7 @@ def needs_of(
     form: QuantFormat | None,
     target: Path,
     n_threads: int,
+    method: str = "rtn",
 ) -> Needs:
     """Work out what writing `output_bytes` of so many weights takes; packs a sample to time it."""
     return Needs(
@@ -60,7 +61,7 @@ def needs_of(
         memory_found=available_memory(),
         disk=disk_bytes(output_bytes),
         disk_found=shutil.disk_usage(_existing(target)).free,
-        seconds=weights * _seconds_per_weight(form) / n_threads,
+        seconds=weights * _seconds_per_weight(form, method) / n_threads,
     )
 
 
@@ -75,7 +76,7 @@ def _existing(path: Path) -> Path:
     return path if path.is_dir() else _existing(path.parent)
 
 
-def _seconds_per_weight(form: QuantFormat | None) -> float:
+def _seconds_per_weight(form: QuantFormat | None, method: str) -> float:
     """Time one thread's work on a sample: packing, or copying where nothing is packed."""
     sample = mx.ones(_SAMPLE_SHAPE, dtype=mx.bfloat16, stream=mx.cpu)
     mx.eval(sample)
@@ -83,6 +84,6 @@ def _seconds_per_weight(form: QuantFormat | None) -> float:
     if form is None:
         mx.eval(mx.array(sample, dtype=mx.float32))
     else:
-        packed = mx.quantize(sample, group_size=form.group_size, bits=form.bits, stream=mx.cpu)
-        mx.eval(packed)
+        with mx.stream(mx.cpu):
+            pack_matrix(sample, form, method)
     return (perf_counter() - started) / sample.size

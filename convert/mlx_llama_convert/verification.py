@@ -18,6 +18,7 @@ from mlx_llama.errors import CheckpointError
 from mlx_llama.linear import Stack
 from mlx_llama.loading import MAX_JSON_BYTES, ModelDirectory, open_model_directory
 from mlx_llama.model import Block, LlamaModel
+from mlx_llama.packed_ref import packed_ref
 from mlx_llama.strict_json import load_json
 from mlx_llama.weights import EMBEDDING, NORM, OUTPUT, hf_module, tensor_shapes
 from mlx_llama_convert.hashing import file_digests
@@ -148,18 +149,10 @@ def _source_reader(source: SourceModel) -> ReadRows:
 def _directory_reader(directory: ModelDirectory) -> ReadRows:
     def read(name: str, rows: slice | None) -> mx.array:
         module, tensors = hf_module(name), directory.tensors
-        weight = tensors[f"{module}.weight"].read(rows)
+        if f"{module}.scales" not in tensors:
+            return tensors[f"{module}.weight"].read(rows).astype(mx.float32)
         form = directory.config.quant_format(module)
-        if f"{module}.scales" not in tensors or form is None:
-            return weight.astype(mx.float32)
-        scales, biases = (tensors[f"{module}.{part}"].read(rows) for part in ("scales", "biases"))
-        return mx.dequantize(
-            weight,
-            scales.astype(mx.float32),
-            biases.astype(mx.float32),
-            group_size=form.group_size,
-            bits=form.bits,
-        )
+        return packed_ref(tensors, module, form, dtype="float32").read(rows)
 
     return read
 

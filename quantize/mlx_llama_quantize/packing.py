@@ -1,4 +1,4 @@
-"""Streams weights through `mx.quantize`, a few rows at a time, on as many threads as asked.
+"""Streams weights through a quantizer, a few rows at a time, on as many threads as asked.
 
 Groups run along a row, so rows are packed independently: the bytes do not depend on how a tensor
 was cut. Packing runs on the CPU device whatever the machine has, for the same reason. Knows the
@@ -19,7 +19,9 @@ from mlx_llama.config import QuantFormat
 from mlx_llama.errors import QuantizationError
 from mlx_llama.ops import DTYPES
 from mlx_llama.weights import WeightSource, hf_module
+from mlx_llama_quantize import mse
 
+PARTS = ("weight", "scales", "biases")
 BLOCK_BYTES = 8 << 20  # of a tensor as stored; a few of them are alive for each thread
 
 Entry = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
@@ -34,11 +36,10 @@ def packed_entries(
         return [(f"{module}.weight", dtype, shape)]
     rows, width = shape
     groups = (rows, width // form.group_size)
-    return [
-        (f"{module}.weight", "uint32", (rows, width * form.bits // 32)),
-        (f"{module}.scales", dtype, groups),
-        (f"{module}.biases", dtype, groups),
-    ]
+    weight = (f"{module}.weight", "uint32", (rows, width * form.bits // 32))
+    if form.mode != "affine":  # the scales are bit patterns there
+        return [weight, (f"{module}.scales", "uint8", groups)]
+    return [weight, (f"{module}.scales", dtype, groups), (f"{module}.biases", dtype, groups)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class _Job:
     rows: slice | None
     form: QuantFormat | None
     dtype: str | None
+    method: str
 
 
 def quantize_weights(
@@ -55,12 +57,14 @@ def quantize_weights(
     *,
     dtype: str | None,
     n_threads: int,
+    method: str = "rtn",
     names: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, mx.array]]:
     """Yield every tensor's arrays under their Hugging Face names, in pieces of consecutive rows.
 
     forms: by Meta's name, None for a tensor that is not packed. dtype: of scales and unpacked
-    tensors, None for the source's. names: the tensors wanted, by default all of `source.names()`.
+    tensors, None for the source's. method: rtn, as `mx.quantize` does, or mse. names: the tensors
+    wanted, by default all of `source.names()`.
     Pieces come in that order and in the order of rows; weight, scales and biases of the same rows
     follow each other. Evaluated.
     """
@@ -73,7 +77,7 @@ def quantize_weights(
             return _pack(source, job)
 
     wanted = source.names() if names is None else names
-    jobs = (job for name in wanted for job in _jobs(source, name, forms[name], dtype))
+    jobs = (job for name in wanted for job in _jobs(source, name, forms[name], dtype, method))
     waiting: deque[Future[list[tuple[str, mx.array]]]] = deque()
     pool = ThreadPoolExecutor(n_threads, thread_name_prefix="quantize")
     try:
@@ -89,18 +93,18 @@ def quantize_weights(
 
 
 def _jobs(
-    source: WeightSource, name: str, form: QuantFormat | None, dtype: str | None
+    source: WeightSource, name: str, form: QuantFormat | None, dtype: str | None, method: str
 ) -> Iterator[_Job]:
     shape = source.shape(name)
     if len(shape) == 1:
-        yield _Job(name, None, form, dtype)
+        yield _Job(name, None, form, dtype, method)
         return
     n_rows, width = shape
     itemsize = 4 if source.dtype(name) == "float32" else 2
     step = max(1, BLOCK_BYTES // (width * itemsize))
     step = max(step // 256 * 256, 1) if step >= 256 else step
     for start in range(0, n_rows, step):
-        yield _Job(name, slice(start, min(start + step, n_rows)), form, dtype)
+        yield _Job(name, slice(start, min(start + step, n_rows)), form, dtype, method)
 
 
 def _pack(source: WeightSource, job: _Job) -> list[tuple[str, mx.array]]:
@@ -112,14 +116,19 @@ def _pack(source: WeightSource, job: _Job) -> list[tuple[str, mx.array]]:
     if job.form is None:
         mx.eval(values)
         return [(f"{module}.weight", values)]
-    form = job.form
-    weight, scales, biases = mx.quantize(values, group_size=form.group_size, bits=form.bits)
-    mx.eval(weight, scales, biases)
-    return [
-        (f"{module}.weight", weight),
-        (f"{module}.scales", scales),
-        (f"{module}.biases", biases),
-    ]
+    arrays = pack_matrix(values, job.form, job.method)
+    return [(f"{module}.{part}", array) for part, array in arrays.items()]
+
+
+def pack_matrix(values: mx.array, form: QuantFormat, method: str) -> dict[str, mx.array]:
+    """Pack values (out, in): weight, scales and, in affine mode, biases. Evaluated."""
+    if method == "mse" and form.mode == "affine":
+        packed = mse.quantize(values, form)
+    else:
+        packed = mx.quantize(values, group_size=form.group_size, bits=form.bits, mode=form.mode)
+    arrays: dict[str, mx.array] = dict(zip(PARTS, packed, strict=False))
+    mx.eval(arrays)
+    return arrays
 
 
 def _cast(name: str, values: mx.array, dtype: str) -> mx.array:

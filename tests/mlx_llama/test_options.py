@@ -73,7 +73,8 @@ def test_what_fits_its_type_is_taken(given: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"bits": 4.0}, {"bits": None}, {"quantize": 1}, {"dtype": 16}, {"rope_factor": "8"}]
+    "given",
+    [{"bits": 4.0}, {"override": "head=8"}, {"quantize": 1}, {"dtype": 16}, {"rope_factor": "8"}],
 )
 def test_options_of_conversions_have_types_too(given: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=r"found .*, expected"):
