@@ -65,6 +65,32 @@ class WeightSource(Protocol):
         ...
 
 
+class SourceArrays(MutableMapping[str, mx.array]):
+    """A source's tensors by Hugging Face names, read when they are taken; what is taken is gone."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+        self._names = {f"{hf_module(name)}.weight": name for name in source.names()}
+
+    def __getitem__(self, hf_name: str) -> mx.array:
+        return self._source.read(self._names[hf_name])
+
+    def __setitem__(self, hf_name: str, array: mx.array) -> None:
+        raise TypeError(f"{hf_name}: a source's tensors are not replaced")
+
+    def __delitem__(self, hf_name: str) -> None:
+        del self._names[hf_name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, hf_name: object) -> bool:  # the mixin's would read the tensor
+        return hf_name in self._names
+
+
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return every tensor of the architecture in writing order, Meta's name to shape."""
     q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim

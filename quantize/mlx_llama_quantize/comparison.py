@@ -8,7 +8,6 @@ states, whatever its size; each block is read once for all the windows that are 
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -20,12 +19,11 @@ import numpy as np
 
 from mlx_llama.cache import KVBits
 from mlx_llama.errors import CheckpointError
-from mlx_llama.loading import ModelDirectory
 from mlx_llama.memory import Demand, memory_found
 from mlx_llama.model import Block, LlamaModel
-from mlx_llama.options import LoadOptions
 from mlx_llama.weights import build_blocks, build_ends
 from mlx_llama_quantize.divergence import TokenScores, score_tokens
+from mlx_llama_quantize.subject import Subject
 from mlx_llama_quantize.windows import Windows
 
 SLICE_BYTES = 64 << 20  # of logits, both models' together with what is computed from them
@@ -38,12 +36,11 @@ OnProgress = Callable[[int, int], None]  # windows times blocks done, and in all
 class Side:
     """One of the two models. is_resident: whether its blocks stay in memory."""
 
-    def __init__(self, directory: ModelDirectory, *, dtype: str | None, is_resident: bool) -> None:
-        options = LoadOptions(dtype=dtype)
-        self.directory = directory
-        self.config = directory.config
-        self.dtype = directory.dtype_with(options)
-        arrays = directory.arrays()
+    def __init__(self, subject: Subject, *, dtype: str | None, is_resident: bool) -> None:
+        self.subject = subject
+        self.config = subject.config
+        self.dtype = subject.dtype_with(dtype)
+        arrays = subject.arrays()
         self.ends: LlamaModel = build_ends(self.config, arrays, dtype=self.dtype)
         self._blocks: list[Block] | None = None
         if is_resident:
@@ -53,7 +50,7 @@ class Side:
         """Yield the blocks, read anew unless they stay in memory."""
         if self._blocks is not None:
             return iter(self._blocks)
-        return build_blocks(self.config, self.directory.arrays(), dtype=self.dtype)
+        return build_blocks(self.config, self.subject.arrays(), dtype=self.dtype)
 
     def hidden(
         self, windows: Windows, chosen: range, on_window: Callable[[], None]
@@ -86,8 +83,8 @@ class Comparison:
 
     def __init__(
         self,
-        a: ModelDirectory,
-        b: ModelDirectory,
+        a: Subject,
+        b: Subject,
         windows: Windows,
         *,
         dtype: str | None = None,
@@ -96,7 +93,7 @@ class Comparison:
     ) -> None:
         require_one_vocabulary(a, b)
         self.windows = windows
-        self._directories, self._dtype = (a, b), dtype
+        self._subjects, self._dtype = (a, b), dtype
         self.is_resident = self._fits() if is_resident is None else is_resident
         self._state = states and states / f"{_key(a, b, windows, dtype)}.npz"
         self.done, self._parts = self._resumed()
@@ -106,8 +103,7 @@ class Comparison:
     ) -> TokenScores:
         """Score the text. KeyboardInterrupt when cancel is set, with what is done kept."""
         sides = [
-            Side(each, dtype=self._dtype, is_resident=self.is_resident)
-            for each in self._directories
+            Side(each, dtype=self._dtype, is_resident=self.is_resident) for each in self._subjects
         ]
         n_blocks = sum(side.config.n_layers for side in sides)
         total, passed = n_blocks * len(self.windows), n_blocks * self.done
@@ -143,7 +139,7 @@ class Comparison:
         self, sides: list[Side], number: int, hidden_a: mx.array, hidden_b: mx.array
     ) -> TokenScores:
         """Score one window, a slice of its logits at a time."""
-        vocab_size = self._directories[0].tokenizer.vocab_size
+        vocab_size = self._subjects[0].tokenizer.vocab_size
         targets = mx.array(self.windows.targets(number))
         size = max(1, SLICE_BYTES // (COPIES * 4 * vocab_size))
         parts: list[TokenScores] = []
@@ -163,12 +159,11 @@ class Comparison:
         if found is None:
             return True
         needed = 3 * SLICE_BYTES
-        for directory in self._directories:
-            dtype = directory.dtype_with(LoadOptions(dtype=self._dtype))
-            weights, context = directory.loaded_bytes(dtype), self.windows.context
-            needed += (
-                Demand(directory.config, weights, KVBits(), dtype, context).at(context, None).total
-            )
+        for subject in self._subjects:
+            dtype = subject.dtype_with(self._dtype)
+            weights, context = subject.loaded_bytes(dtype), self.windows.context
+            demand = Demand(subject.config, weights, KVBits(), dtype, context)
+            needed += demand.at(context, None).total
         return needed <= found
 
     # --- going on where it stopped ---------------------------------------------------------------
@@ -197,12 +192,12 @@ class Comparison:
         beside.replace(self._state)
 
 
-def require_one_vocabulary(a: ModelDirectory, b: ModelDirectory) -> None:
+def require_one_vocabulary(a: Subject, b: Subject) -> None:
     """Raise CheckpointError unless both models' tokens are the same, one by one."""
     one, other = a.tokenizer, b.tokenizer
     if (one.vocab_size, one.family) != (other.vocab_size, other.family):
         what = (
-            f"{one.vocab_size} tokens ({one.family}), {b.path.name} has {other.vocab_size} "
+            f"{one.vocab_size} tokens ({one.family}), {b.name} has {other.vocab_size} "
             f"({other.family})"
         )
     else:
@@ -211,22 +206,15 @@ def require_one_vocabulary(a: ModelDirectory, b: ModelDirectory) -> None:
         )
         if differing is None:
             return
-        what = f"another token {differing} than {b.path.name}"
+        what = f"another token {differing} than {b.name}"
     raise CheckpointError(
-        f"{a.path.name} has {what}: only models of one vocabulary can be compared token by token"
+        f"{a.name} has {what}: only models of one vocabulary can be compared token by token"
     )
 
 
-def _key(a: ModelDirectory, b: ModelDirectory, windows: Windows, dtype: str | None) -> str:
+def _key(a: Subject, b: Subject, windows: Windows, dtype: str | None) -> str:
     """Return what tells one comparison from another."""
     digest = hashlib.sha256(windows.ids.tobytes())
-    for directory in (a, b):
-        files = sorted({ref.path for ref in directory.tensors.values()})
-        stats = [(str(file.resolve()), *_stat(file)) for file in files]
-        digest.update(json.dumps([stats, repr(directory.config), dtype]).encode())
+    for subject in (a, b):
+        digest.update(f"{subject.identity} {dtype}".encode())
     return digest.hexdigest()[:32]
-
-
-def _stat(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns

@@ -11,17 +11,24 @@ import pytest
 
 from divergence_oracle import oracle
 from mlx_llama.errors import CheckpointError
-from mlx_llama.loading import ModelDirectory, open_model_directory
+from mlx_llama.loading import open_model_directory
+from mlx_llama.options import ConvertOptions
+from mlx_llama_convert import open_source
 from mlx_llama_quantize import comparison as module
 from mlx_llama_quantize.comparison import Comparison
 from mlx_llama_quantize.divergence import summarize
+from mlx_llama_quantize.subject import Subject
 from mlx_llama_quantize.windows import Windows, cut_windows
-from model_folders import TINY, convert, write_hf
+from model_folders import TINY, convert, write_hf, write_meta
 from numpy_llama import dequantized, llama_logits
 from random_models import CASES, random_model
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden/logits.npz")
 IDS = [n * 7 % 300 for n in range(8 * 24 + 5)]
+
+
+def opened(folder: Path) -> Subject:
+    return Subject.of_directory(open_model_directory(folder))
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +42,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dense(folder: Path) -> ModelDirectory:
-    return open_model_directory(folder / "dense")
+def dense(folder: Path) -> Subject:
+    return opened(folder / "dense")
 
 
 @pytest.fixture(scope="module")
-def packed(folder: Path) -> ModelDirectory:
-    return open_model_directory(folder / "packed")
+def packed(folder: Path) -> Subject:
+    return opened(folder / "packed")
 
 
 @pytest.fixture(scope="module")
-def windows(dense: ModelDirectory) -> Windows:
+def windows(dense: Subject) -> Windows:
     return cut_windows(IDS, bos_id=dense.tokenizer.bos_id, context=24)
 
 
@@ -58,7 +65,7 @@ def test_numpys_llama_agrees_with_transformers() -> None:
 
 
 def test_numbers_agree_with_an_independent_computation(
-    folder: Path, dense: ModelDirectory, packed: ModelDirectory, windows: Windows
+    folder: Path, dense: Subject, packed: Subject, windows: Windows
 ) -> None:
     """The base as transformers computes it, the other through a dequantizer of NumPy's own."""
     found = summarize(Comparison(dense, packed, windows).run())
@@ -97,8 +104,8 @@ def test_numbers_agree_with_an_independent_computation(
 
 
 def test_both_ways_of_reading_give_the_same(
-    dense: ModelDirectory,
-    packed: ModelDirectory,
+    dense: Subject,
+    packed: Subject,
     windows: Windows,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -110,9 +117,21 @@ def test_both_ways_of_reading_give_the_same(
         np.testing.assert_allclose(streamed.nll_b, resident.nll_b, rtol=1e-5)
 
 
+def test_a_checkpoint_is_walked_as_the_directory_made_of_it(
+    folder: Path, dense: Subject, packed: Subject, windows: Windows
+) -> None:
+    """Meta's order of rows and all: what is read of the source gives the directory's scores."""
+    source = open_source(write_meta(folder / "meta"), ConvertOptions())
+    subject = Subject.of_weights("meta", source.weights, source.tokenizer, source.files)
+    expected = Comparison(dense, packed, windows).run()
+    for is_resident in (True, False):
+        found = Comparison(subject, packed, windows, is_resident=is_resident).run()
+        np.testing.assert_allclose(found.kld, expected.kld, rtol=1e-4, atol=1e-7)
+
+
 def test_slices_of_logits_give_the_same(
-    dense: ModelDirectory,
-    packed: ModelDirectory,
+    dense: Subject,
+    packed: Subject,
     windows: Windows,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -130,7 +149,7 @@ def test_walking_by_blocks_needs_the_memory_of_one(
     )
     write_hf(tmp_path / "source", case)
     convert(tmp_path / "source", tmp_path / "model", quantize=False)
-    directory = open_model_directory(tmp_path / "model")
+    directory = opened(tmp_path / "model")
     windows = cut_windows(IDS[:64], bos_id=1, context=32)
     weights = directory.loaded_bytes(mx.float32)
     ends = 2 * case.vocab_size * case.dim * 4
@@ -151,7 +170,7 @@ def test_walking_by_blocks_needs_the_memory_of_one(
 
 
 def test_stopped_comparison_goes_on_where_it_was(
-    tmp_path: Path, dense: ModelDirectory, packed: ModelDirectory, windows: Windows
+    tmp_path: Path, dense: Subject, packed: Subject, windows: Windows
 ) -> None:
     whole = Comparison(dense, packed, windows).run()
     cancel, seen = threading.Event(), []
@@ -176,7 +195,7 @@ def test_stopped_comparison_goes_on_where_it_was(
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", b"PK\x03\x04 cut"])
 def test_damaged_state_is_begun_anew(
-    tmp_path: Path, dense: ModelDirectory, packed: ModelDirectory, windows: Windows, damage: bytes
+    tmp_path: Path, dense: Subject, packed: Subject, windows: Windows, damage: bytes
 ) -> None:
     comparison = Comparison(dense, packed, windows, states=tmp_path)
     assert comparison._state is not None
@@ -187,7 +206,7 @@ def test_damaged_state_is_begun_anew(
 
 
 def test_another_text_or_model_is_another_comparison(
-    tmp_path: Path, dense: ModelDirectory, packed: ModelDirectory, windows: Windows
+    tmp_path: Path, dense: Subject, packed: Subject, windows: Windows
 ) -> None:
     other = cut_windows(IDS[1:], bos_id=1, context=24)
     names = {
@@ -206,11 +225,11 @@ def test_another_text_or_model_is_another_comparison(
 
 
 def test_other_vocabularies_are_refused_by_name(
-    tmp_path: Path, dense: ModelDirectory, windows: Windows
+    tmp_path: Path, dense: Subject, windows: Windows
 ) -> None:
     write_hf(tmp_path / "three", CASES["llama3"])
     convert(tmp_path / "three", tmp_path / "model", quantize=False)
-    other = open_model_directory(tmp_path / "model")
+    other = opened(tmp_path / "model")
     with pytest.raises(CheckpointError) as refusal:
         Comparison(dense, other, windows)
     assert str(refusal.value) == (

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mlx_llama_quantize.comparison import Comparison
     from mlx_llama_quantize.divergence import Divergence
     from mlx_llama_quantize.questions import Accuracy, Question
+    from mlx_llama_quantize.subject import Subject
 
     Pair = tuple[ModelDirectory, ModelDirectory]
 
@@ -93,10 +94,12 @@ def compare(
     from mlx_llama_apps.compare import table
     from mlx_llama_quantize.comparison import require_one_vocabulary
     from mlx_llama_quantize.divergence import summarize
+    from mlx_llama_quantize.subject import Subject
 
-    require_one_vocabulary(one, other)
+    subjects = (Subject.of_directory(one), Subject.of_directory(other))
+    require_one_vocabulary(*subjects)
     asked = _read_questions(questions)
-    comparison = None if text is None else _comparison(directories, text, context, dtype)
+    comparison = None if text is None else _comparison(subjects, text, context, dtype)
     with StatusLine(after_s=0.3) as status:
         costs = None if no_costs else _costs(directories, dtype, status)
         scores = None if comparison is None else _scores(comparison, status)
@@ -142,18 +145,20 @@ def _read_questions(path: Path | None) -> list[Question] | None:
     return None if path is None else read_questions(path)
 
 
-def _comparison(directories: Pair, text: str, context: int, dtype: str | None) -> Comparison:
+def _comparison(
+    subjects: tuple[Subject, Subject], text: str, context: int, dtype: str | None
+) -> Comparison:
     from mlx_llama_quantize.comparison import Comparison
     from mlx_llama_quantize.windows import cut_windows
 
-    least = min(directory.config.max_context for directory in directories)
+    least = min(subject.config.max_context for subject in subjects)
     if context > least:
         raise OptionError(f"--context {context}: the models were trained for {least} positions")
-    tokenizer = directories[0].tokenizer
+    tokenizer = subjects[0].tokenizer
     ids = tokenizer.encode(_read_text(text))
     windows = cut_windows(ids, bos_id=tokenizer.bos_id, context=context)
     comparison = Comparison(
-        *directories, windows, dtype=dtype, states=paths.cache_folder() / "compare"
+        *subjects, windows, dtype=dtype, states=paths.cache_folder() / "compare"
     )
     if windows.dropped:
         remark(f"the last {windows.dropped} of {len(ids)} tokens fill no window: left out")
