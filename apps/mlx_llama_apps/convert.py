@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlx_llama_convert.plan import ConversionPlan
     from mlx_llama_convert.resources import Needs
     from mlx_llama_convert.source import SourceModel
+    from mlx_llama_quantize.certificate import Request
 
 MAX_THREADS = 8  # packing is bound by memory beyond that
 
@@ -97,6 +98,7 @@ def build(
     force: bool,
     quiet: bool,
     verify: bool = False,
+    certificate: Request | None = None,
 ) -> None:
     """Show the plan and carry it out; prints the directory's path."""
     from mlx_llama_convert import make_plan
@@ -116,7 +118,7 @@ def build(
             print(line, file=sys.stdout if dry_run else sys.stderr)
     needs.check(target)
     if not dry_run:
-        _carry_out(plan, target, force=force, verify=verify, quiet=quiet)
+        _carry_out(plan, target, force=force, verify=verify, quiet=quiet, certificate=certificate)
         print(target)
 
 
@@ -155,7 +157,13 @@ def open_named(
 
 
 def _carry_out(
-    plan: ConversionPlan, target: Path, *, force: bool, verify: bool, quiet: bool
+    plan: ConversionPlan,
+    target: Path,
+    *,
+    force: bool,
+    verify: bool,
+    quiet: bool,
+    certificate: Request | None,
 ) -> None:
     from mlx_llama_convert import convert_checkpoint
 
@@ -167,6 +175,7 @@ def _carry_out(
             n_threads=thread_count(),
             force=force,
             verify=verify,
+            certificate=certificate,
             command=["mlx-llama", *sys.argv[1:]],
             on_progress=on_progress,
             on_note=None if quiet else remark,

@@ -88,6 +88,22 @@ def prefill_progress(status: StatusLine) -> Callable[[int, int], None]:
     return show
 
 
+def shown(status: StatusLine, what: str) -> Callable[[int, int], None]:
+    """Return what shows how far it is and how long it will take."""
+    started, first = monotonic(), None
+
+    def show(done: int, total: int) -> None:
+        nonlocal first
+        first = done if first is None else first
+        line = f"{what}: {100 * done // total} %"
+        if done > first:
+            left_s = (monotonic() - started) / (done - first) * (total - done)
+            line += f", {duration(left_s)} left"
+        status.show(line)
+
+    return show
+
+
 def duration(seconds: float) -> str:
     """Say a duration as short as it may be: 8 s, 2 min 5 s, 1 h 3 min."""
     whole = round(seconds)

@@ -7,10 +7,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from mlx_llama.errors import OptionError
 from mlx_llama.options import ConvertOptions
 from mlx_llama_apps import paths
 from mlx_llama_apps.convert import build, open_named, refuse_target
 from mlx_llama_apps.flags import QuantizeFlags, given
+from mlx_llama_apps.progress import shown
+from mlx_llama_apps.terminal import StatusLine
 
 METHOD = "mse"  # where the mode leaves a choice
 
@@ -23,6 +26,8 @@ def quantize(
     flags: QuantizeFlags | None = None,
     dry_run: bool = False,
     force: bool = False,
+    text: Path | None = None,
+    no_report: bool = False,
     quiet: bool = False,
     revision: str | None = None,
     offline: bool = False,
@@ -41,6 +46,10 @@ def quantize(
         print the plan and stop
     force
         replace a model directory that exists
+    text
+        what both models read to be compared: UTF-8, or JSONL with text (default: a text that ships)
+    no_report
+        compare the weights alone, not what the models predict
     quiet
         print no plan and no progress
     revision
@@ -48,6 +57,12 @@ def quantize(
     offline
         open no connection: take a hub repository's files from the cache
     """
+    from mlx_llama_quantize.certificate import Request
+    from mlx_llama_quantize.texts import CERTIFICATE, read_text, shipped
+
+    if no_report and text is not None:
+        raise OptionError("--text: does nothing with --no-report; leave one of them out")
+    read = None if no_report else read_text(text) if text else shipped(CERTIFICATE)
     wanted = given(flags)
     if wanted.get("mode", "affine") == "affine":
         wanted = {"method": METHOD, **wanted}
@@ -58,5 +73,17 @@ def quantize(
     opened = open_named(
         source, options, revision=revision, offline=offline, is_dry=dry_run, is_quiet=quiet
     )
-    if opened is not None:
-        build(opened, options, target, dry_run=dry_run, force=force, quiet=quiet)
+    if opened is None:
+        return
+    with StatusLine(after_s=0.3) as status:
+        progress = None if quiet else shown(status, "comparing")
+        request = Request(read, paths.cache_folder() / "certificates", progress)
+        build(
+            opened,
+            options,
+            target,
+            dry_run=dry_run,
+            force=force,
+            quiet=quiet,
+            certificate=request,
+        )

@@ -40,6 +40,7 @@ def model_card(manifest: dict[str, Any]) -> str:
         "",
         _verified(manifest["verification"]),
         "",
+        *_lost(manifest),
         "The license of the source's weights applies to these, too.",
     ]
     return "\n".join(lines) + "\n"
@@ -59,3 +60,66 @@ def _verified(result: dict[str, Any] | None) -> str:
         f"{result['same_top'] * 100:.1f} %, mean KL divergence {result['mean_kl']:.3g}, largest "
         f"difference of a logit {result['largest_difference']:.3g}."
     )
+
+
+def _lost(manifest: dict[str, Any]) -> list[str]:
+    """Return the certificate: what the quantized model lost against its source."""
+    found = manifest["certificate"]
+    if found is None:
+        return []
+    return [
+        "## What was lost",
+        "",
+        *_predictions(manifest, found),
+        "",
+        *([f"![What was lost]({found['plot']})"] if found["plot"] else [_NO_PLOT]),
+        "",
+        "| layer | relative error of the weights |",
+        "|---|---|",
+        *(f"| {layer} | {100 * error:.2f} % |" for layer, error in found["layers"].items()),
+        "",
+        "`manifest.json` has the error of every tensor.",
+        "",
+    ]
+
+
+_NO_PLOT = "No picture: matplotlib was not installed (`pip install 'mlx-llama[plot]'`)."
+
+
+def _predictions(manifest: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    text, divergence = found["text"], found["divergence"]
+    if divergence is None:
+        return [
+            "Predictions were not compared (`--no-report`): the error of the weights is all that "
+            "was measured."
+        ]
+    kld, ratio = divergence["kld"], divergence["ratio"]
+    rows = [
+        ("bits per weight", f"{manifest['bits_per_weight']}"),
+        ("mean KL divergence, nats", _pm(kld["mean"])),
+        ("median, 99 %, largest", _three(kld)),
+        ("same top token", _pm(divergence["same_top"], 100, " %")),
+        ("perplexity, source", _pm(divergence["ppl_a"])),
+        ("perplexity, this", _pm(divergence["ppl_b"])),
+        ("ratio", _pm(ratio)),
+        ("root mean square change of a probability", _pm(divergence["rms_dp"], 100, " %")),
+        ("measured in", f"{found['elapsed_s']:.0f} s, {found['peak_bytes'] / 1e6:.0f} MB"),
+    ]
+    return [
+        f"Both models read {text['name']} ({text['n_tokens']} tokens in windows of "
+        f"{text['context']}, {text['n_scored']} of them scored, {found['dtype']}; SHA-256 "
+        f"`{text['sha256']}`):",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows),
+    ]
+
+
+def _pm(estimate: dict[str, float], scale: float = 1, unit: str = "") -> str:
+    return f"{scale * estimate['value']:.5g} ± {scale * estimate['error']:.2g}{unit}"
+
+
+def _three(kld: dict[str, Any]) -> str:
+    values = (kld["quantiles"]["0.5"], kld["quantiles"]["0.99"], kld["maximum"])
+    return ", ".join(f"{value:.3g}" for value in values)

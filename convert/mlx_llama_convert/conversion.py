@@ -15,7 +15,7 @@ import mlx_llama
 from mlx_llama.config import config_to_hf
 from mlx_llama.errors import OutputError
 from mlx_llama.kinds import kind_named
-from mlx_llama.loading import INDEX_NAME
+from mlx_llama.loading import INDEX_NAME, open_model_directory
 from mlx_llama.options import DEFAULT_TEMPERATURE, DEFAULT_TOP_P
 from mlx_llama.safetensors_writer import SafetensorsWriter
 from mlx_llama_convert import checklist
@@ -26,10 +26,14 @@ from mlx_llama_convert.plan import ConversionPlan
 from mlx_llama_convert.resources import OTHER_BYTES, disk_bytes
 from mlx_llama_convert.shard_files import build_index, plan_shards, shard_names
 from mlx_llama_convert.tokenizer_files import write_tokenizer_files
-from mlx_llama_convert.verification import Verification, compare_weights
+from mlx_llama_convert.verification import compare_weights
 from mlx_llama_quantize import quantize_weights
+from mlx_llama_quantize.certificate import Request, by_layer, certify
+from mlx_llama_quantize.plots import can_draw, draw_certificate
+from mlx_llama_quantize.subject import Subject
 
 MAX_SHARD_BYTES = 5_000_000_000
+PLOT_NAME = "certificate.svg"
 LICENSES = ("LICENSE*", "USE_POLICY*", "NOTICE*")
 
 OnProgress = Callable[[int, int, str], None]  # bytes written, bytes to write, tensor
@@ -43,6 +47,7 @@ def convert_checkpoint(
     n_threads: int,
     force: bool = False,
     verify: bool = False,
+    certificate: Request | None = None,
     command: Sequence[str] = (),
     on_progress: OnProgress | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -50,9 +55,10 @@ def convert_checkpoint(
     """Write the model directory `target`; it appears whole or not at all.
 
     force: replace a model directory that is there. verify: run some tokens through the source's
-    weights and the written ones (`compare_weights`). command: what the user typed, for the
-    manifest. on_note: told what is kept of an interrupted run. Files that such a run finished are
-    kept when source and options are the same.
+    weights and the written ones (`compare_weights`). certificate: measure what was lost, for
+    manifest and card. command: what the user typed, for the manifest. on_note: told what is kept
+    of an interrupted run. Files that such a run finished are kept when source and options are the
+    same.
     Raises OutputError and CheckpointError.
     """
     files = plan.source.files
@@ -79,8 +85,12 @@ def convert_checkpoint(
         sources = {path: future.result() for path, future in digests.items()}
         for path, (algorithm, digest) in expected.items():
             checklist.compare(path, algorithm, expected=digest, found=sources[path][algorithm])
-        result = compare_weights(plan.source, partial.folder) if verify else None
-        _finish(plan, partial, hasher, sources, result, command)
+        manifest = _manifest(plan, sources, command)
+        if verify:
+            manifest["verification"] = asdict(compare_weights(plan.source, partial.folder))
+        if certificate is not None:
+            manifest["certificate"] = _certificate(plan, partial.folder, certificate)
+        _finish(partial, hasher, manifest)
 
 
 def _refuse_own_source(target: Path, files: Sequence[Path]) -> None:
@@ -162,16 +172,8 @@ def _note_finished(
         partial.finish(file, future.result()["sha256"])
 
 
-def _finish(
-    plan: ConversionPlan,
-    partial: Partial,
-    hasher: Hasher,
-    sources: dict[Path, Digests],
-    verification: Verification | None,
-    command: Sequence[str],
-) -> None:
+def _finish(partial: Partial, hasher: Hasher, manifest: dict[str, Any]) -> None:
     """Write what speaks of all the other files: the card, and the manifest last."""
-    manifest = _manifest(plan, sources, verification, command)
     (partial.folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
     others = sorted(
         path.name
@@ -225,7 +227,6 @@ def _generation_json(plan: ConversionPlan) -> dict[str, Any]:
 def _manifest(
     plan: ConversionPlan,
     sources: dict[Path, Digests],
-    verification: Verification | None,
     command: Sequence[str],
 ) -> dict[str, Any]:
     """Return where the directory comes from and what was decided."""
@@ -255,8 +256,21 @@ def _manifest(
         "policy": plan.policy,
         "method": plan.options.method if plan.options.quantize else None,
         "notes": [*plan.notes],
-        "verification": None if verification is None else asdict(verification),
+        "verification": None,
+        "certificate": None,
     }
+
+
+def _certificate(plan: ConversionPlan, folder: Path, request: Request) -> dict[str, Any]:
+    """Measure what the written weights lost, and draw it where matplotlib is installed."""
+    source = plan.source
+    subject = Subject.of_weights(source.name, source.weights, source.tokenizer, source.files)
+    result = open_model_directory(folder)
+    certificate, scores = certify(source.weights, subject, result, request)
+    plot = PLOT_NAME if can_draw() else None
+    if plot is not None:
+        draw_certificate(folder / plot, scores, by_layer(certificate), f"What {source.name} lost")
+    return {**asdict(certificate), "layers": by_layer(certificate), "plot": plot}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

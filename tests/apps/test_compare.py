@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mlx_llama_apps.compare import plot as plotting
 from mlx_llama_apps.main import main
+from mlx_llama_quantize import plots
 from tiny_models import write_meta
 
 TEXT = "the thing in hello world end " * 40
@@ -119,7 +119,7 @@ def test_what_cannot_work_is_refused_in_one_line(
 def test_plot_without_matplotlib_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(plotting.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "can_draw", lambda: False)
     assert main(["compare", "one", "other", "--text", "text.txt", "--plot", "x.svg"]) == 2
     assert "pip install 'mlx-llama[plot]'" in capsys.readouterr().err
 

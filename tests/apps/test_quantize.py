@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_llama import load
+from mlx_llama.errors import CheckpointError
 from mlx_llama_apps.main import main
+from mlx_llama_convert import conversion
+from mlx_llama_quantize.comparison import Comparison
+from mlx_llama_quantize.texts import CALIBRATION, CERTIFICATE, read_text, shipped
 from tiny_models import write_meta
 
 
@@ -23,11 +31,15 @@ def arrays(folder: Path) -> dict[str, mx.array]:
     return mx.load(str(folder / "model.safetensors"))  # pyright: ignore
 
 
+def quantize(source: Path, out: Path, *asked: str) -> int:
+    return main(["quantize", str(source), "-o", str(out), "--no-report", *asked])
+
+
 def test_rounding_to_nearest_is_what_convert_writes(source: Path, tmp_path: Path) -> None:
     asked = [str(source), "--bits", "4", "--group-size", "32"]
     assert main(["convert", *asked, "-o", str(tmp_path / "a")]) == 0
-    assert main(["quantize", *asked, "-o", str(tmp_path / "b"), "--method", "rtn"]) == 0
-    assert main(["quantize", *asked, "-o", str(tmp_path / "c")]) == 0
+    assert quantize(source, tmp_path / "b", *asked[1:], "--method", "rtn") == 0
+    assert quantize(source, tmp_path / "c", *asked[1:]) == 0
     a, b, c = (arrays(tmp_path / name) for name in "abc")
     assert all(np.array_equal(np.array(a[n]), np.array(b[n])) for n in a)
     assert any(not np.array_equal(np.array(a[n]), np.array(c[n])) for n in a)
@@ -35,7 +47,7 @@ def test_rounding_to_nearest_is_what_convert_writes(source: Path, tmp_path: Path
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
 def test_every_mode_loads_and_speaks(source: Path, tmp_path: Path, mode: str) -> None:
-    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), "--mode", mode]) == 0
+    assert quantize(source, tmp_path / "out", "--mode", mode) == 0
     llama = load(tmp_path / "out")
     assert np.isfinite(np.array(llama.logits([1, 5, 9]))).all()
     assert main(["verify", str(tmp_path / "out")]) == 0
@@ -47,7 +59,7 @@ def test_overrides_stand_in_the_plan_and_the_configuration(
     asked = ["--override", "head=8", "--override", "layers.0.attention.*=6:32"]
     asked += ["--override", "embedding=dense"]
     out = tmp_path / "out"
-    assert main(["quantize", str(source), "-o", str(out), *asked]) == 0
+    assert quantize(source, out, *asked) == 0
     plan = capsys.readouterr().err
     for line in (
         "attention: 4 × 6 bits, group 32, 4 × 4 bits, group 64",
@@ -71,11 +83,11 @@ def test_requantizing_is_refused_unless_allowed(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     once, again = tmp_path / "once", tmp_path / "again"
-    assert main(["quantize", str(source), "-o", str(once), "--bits", "8"]) == 0
-    assert main(["quantize", str(once), "-o", str(again)]) == 1
+    assert quantize(source, once, "--bits", "8") == 0
+    assert quantize(once, again) == 1
     assert "already quantized with MLX" in capsys.readouterr().err
     asked = ["--allow-requantize", "--bits", "4", "--override", "*.w3=mxfp8"]
-    assert main(["quantize", str(once), "-o", str(again), *asked]) == 0
+    assert quantize(once, again, *asked) == 0
     assert "its errors stay" in capsys.readouterr().err
     a, b = (np.array(load(folder).logits([1, 5, 9])) for folder in (once, again))
     assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.9
@@ -89,6 +101,7 @@ def test_requantizing_is_refused_unless_allowed(
         (["--mode", "mxfp4", "--bits", "8"], 2, "mode mxfp4 has 4"),
         (["--mode", "mxfp4", "--method", "mse"], 2, "take --method rtn"),
         (["--method", "best"], 2, "expected one of rtn, mse"),
+        (["--text", "a.txt"], 2, "--text: does nothing with --no-report"),
         (["--mode", "int4"], 2, "expected one of affine"),
     ],
 )
@@ -100,6 +113,111 @@ def test_what_cannot_be_is_refused(
     code: int,
     text: str,
 ) -> None:
-    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), *asked]) == code
+    assert quantize(source, tmp_path / "out", *asked) == code
     assert text in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
+
+
+# --- the certificate -----------------------------------------------------------------------------
+
+TEXT = "the thing in hello world end " * 40
+
+
+def test_certificate_is_what_compare_finds(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    out, plain = str(tmp_path / "out"), str(tmp_path / "plain")
+    assert main(["quantize", str(source), "-o", out, "--text", str(text)]) == 0
+    assert main(["convert", str(source), "-o", plain, "--no-quantize"]) == 0
+    capsys.readouterr()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    found = manifest["certificate"]
+    context = str(found["text"]["context"])
+    asked = ["--text", str(text), "--context", context, "--json", "--no-costs"]
+    assert main(["compare", plain, out, *asked, "--dtype", "float32"]) == 0
+    compared = json.loads(capsys.readouterr().out)["divergence"]
+    for name in ("kld", "dp"):
+        mean = compared[name]["mean"]["value"]
+        assert found["divergence"][name]["mean"]["value"] == pytest.approx(mean, rel=1e-5)
+    assert found["divergence"]["n_tokens"] == compared["n_tokens"] == found["text"]["n_scored"]
+    assert found["text"]["sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
+    assert found["dtype"] == "float32"
+    assert found["elapsed_s"] > 0
+    assert found["peak_bytes"] > 0
+    assert len(found["weights"]) == 16
+    assert found["weights"][0]["format"] == "4 bits, group 64"
+    assert main(["verify", out]) == 0
+
+
+def test_card_shows_the_certificate(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    text = ["--text", str(tmp_path / "text.txt")]
+    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), *text]) == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    for line in (
+        r"Both models read text\.txt \(\d+ tokens in windows of \d+, \d+ of them scored, float32",
+        r"\| mean KL divergence, nats \| [\d.]+ ± [\d.]+ \|",
+        r"\| same top token \| [\d.]+ ± [\d.]+ % \|",
+        r"!\[What was lost\]\(certificate\.svg\)",
+        r"\| layer 1 \| \d+\.\d\d % \|",
+    ):
+        assert re.search(line, card), line
+    root = ElementTree.parse(tmp_path / "out" / "certificate.svg").getroot()
+    assert root.tag.endswith("svg")
+
+
+def test_without_report_the_card_says_so(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "can_draw", lambda: False)
+    assert quantize(source, tmp_path / "out") == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "Predictions were not compared (`--no-report`)" in card
+    assert "No picture: matplotlib was not installed" in card
+    assert "| tok_embeddings |" in card
+    assert not (tmp_path / "out" / "certificate.svg").exists()
+
+
+def test_a_stopped_certificate_goes_on(
+    source: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was scored and the weights that were written are kept for the next run."""
+    (tmp_path / "text.txt").write_text(TEXT * 3, encoding="utf-8")
+    asked = ["quantize", str(source), "-o", str(tmp_path / "out"), "--text"]
+    asked += [str(tmp_path / "text.txt"), "--quiet"]
+    score, seen = Comparison._score, []
+
+    def stopping(self: Comparison, *given: Any) -> Any:
+        seen.append(given[1])
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return score(self, *given)
+
+    monkeypatch.setattr(Comparison, "_score", stopping)
+    assert main(asked) == 130
+    assert (tmp_path / "out.partial" / "model.safetensors").is_file()
+    assert len(list((home / "cache" / "certificates").iterdir())) == 1
+    assert main(asked) == 0
+    assert seen[:4] == [0, 1, 2, 2]
+    assert list((home / "cache" / "certificates").iterdir()) == []
+
+
+def test_shipped_texts_share_no_line() -> None:
+    one, other = (shipped(name).content for name in (CERTIFICATE, CALIBRATION))
+    assert len(one.split()) > 2000
+    assert len(other.split()) > 1800
+    shared = {line for line in one.splitlines() if len(line) > 20} & set(other.splitlines())
+    assert not shared
+
+
+def test_texts_of_users(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "more": 1}\n')
+    assert read_text(tmp_path / "a.jsonl").content == "one\n\ntwo"
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"words": "two"}\n')
+    with pytest.raises(CheckpointError, match=r"b\.jsonl:2: expected an object with text"):
+        read_text(tmp_path / "b.jsonl")
+    (tmp_path / "c.txt").write_bytes(b"ab\xff")
+    with pytest.raises(CheckpointError, match="not UTF-8 text at byte 2"):
+        read_text(tmp_path / "c.txt")

@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -18,7 +16,7 @@ from mlx_llama.errors import CheckpointError, OptionError
 from mlx_llama.options import DTYPE_NAMES
 from mlx_llama_apps import paths
 from mlx_llama_apps.inference import Inference
-from mlx_llama_apps.progress import duration, remark
+from mlx_llama_apps.progress import remark, shown
 from mlx_llama_apps.terminal import StatusLine, read_stdin
 
 if TYPE_CHECKING:
@@ -189,7 +187,7 @@ def _costs(directories: Pair, dtype: str | None, status: StatusLine) -> tuple[Co
 def _scores(comparison: Comparison, status: StatusLine) -> Any:
     """Score the text on the inference thread; Ctrl-C ends the wait at once."""
     with Inference(lambda: comparison) as inference:
-        progress = _shown(status, "comparing")
+        progress = shown(status, "comparing")
         return inference.call(lambda state: state.run(on_progress=progress))
 
 
@@ -202,7 +200,7 @@ def _accuracy(
     from mlx_llama import load
     from mlx_llama_quantize.questions import answer_questions, summarize_answers
 
-    progress = _shown(status, "asking")
+    progress = shown(status, "asking")
     done = 0
 
     def on_question() -> None:
@@ -219,22 +217,6 @@ def _accuracy(
                 )
             )
     return summarize_answers(*answers)
-
-
-def _shown(status: StatusLine, what: str) -> Callable[[int, int], None]:
-    """Return what shows how far it is and how long it will take."""
-    started, first = monotonic(), None
-
-    def show(done: int, total: int) -> None:
-        nonlocal first
-        first = done if first is None else first
-        line = f"{what}: {100 * done // total} %"
-        if done > first:
-            left_s = (monotonic() - started) / (done - first) * (total - done)
-            line += f", {duration(left_s)} left"
-        status.show(line)
-
-    return show
 
 
 def _facts(directory: ModelDirectory) -> dict[str, Any]:

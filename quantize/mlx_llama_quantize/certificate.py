@@ -1,0 +1,174 @@
+"""What a quantized model lost, measured: its predictions against the source's, and its weights.
+
+Both models are walked block by block where they do not fit into memory, in one dtype, so that the
+quantization is all that differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_llama.loading import ModelDirectory
+from mlx_llama.packed_ref import PackedRef, packed_ref
+from mlx_llama.weights import WeightSource, hf_module
+from mlx_llama_quantize.comparison import HIDDEN_BYTES, SLICE_BYTES, Comparison, OnProgress
+from mlx_llama_quantize.divergence import Divergence, TokenScores, summarize
+from mlx_llama_quantize.subject import Subject
+from mlx_llama_quantize.texts import Text
+from mlx_llama_quantize.windows import cut_windows
+
+CONTEXT = 512  # tokens of a window, where the model has so many
+BLOCK_BYTES = 16 << 20  # of a tensor in float32
+
+
+@dataclass(frozen=True, slots=True)
+class WeightError:
+    """What packing did to one matrix.
+
+    relative: root of the squared error over the squared weights. largest: of a weight.
+    """
+
+    tensor: str
+    format: str
+    bits_per_weight: float
+    relative: float
+    largest: float
+
+
+@dataclass(frozen=True, slots=True)
+class TextUsed:
+    """What was read. n_tokens: of whole windows; n_scored: of those the ones that were compared."""
+
+    name: str
+    sha256: str
+    n_tokens: int
+    n_scored: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """The result. divergence and text: None where only weights were compared.
+
+    dtype: of both models' activations. peak_bytes: MLX's, of the measuring. elapsed_s: of it.
+    """
+
+    weights: tuple[WeightError, ...]
+    text: TextUsed | None
+    divergence: Divergence | None
+    dtype: str | None
+    elapsed_s: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to measure. text: None compares the weights alone. states: as of `Comparison`."""
+
+    text: Text | None
+    states: Path | None = None
+    on_progress: OnProgress | None = None
+
+
+def certify(
+    weights: WeightSource, source: Subject, result: ModelDirectory, request: Request
+) -> tuple[Certificate, TokenScores | None]:
+    """Compare a directory with what it was made of. weights: the source's, which it is walked by.
+
+    Raises KeyboardInterrupt with what is done kept, OptionError for a text that is too short.
+    """
+    started = perf_counter()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    errors = tuple(weight_errors(weights, result))
+    used = scores = dtype = None
+    if request.text is not None:
+        compared = Subject.of_directory(result)
+        dtype = str(compared.dtype_with(None)).removeprefix("mlx.core.")
+        tokenizer = source.tokenizer
+        windows = cut_windows(
+            tokenizer.encode(request.text.content),
+            bos_id=tokenizer.bos_id,
+            context=min(CONTEXT, source.config.max_context),
+        )
+        comparison = Comparison(source, compared, windows, dtype=dtype, states=request.states)
+        scores = comparison.run(on_progress=request.on_progress)
+        used = TextUsed(
+            request.text.name, request.text.sha256, windows.ids.size, len(scores), windows.context
+        )
+    certificate = Certificate(
+        weights=errors,
+        text=used,
+        divergence=None if scores is None else summarize(scores),
+        dtype=dtype,
+        elapsed_s=perf_counter() - started,
+        peak_bytes=mx.get_peak_memory(),
+    )
+    return certificate, scores
+
+
+def certificate_bytes(source: Subject, result: Subject, dtype: mx.Dtype) -> int:
+    """Return what measuring takes at most when it walks by blocks; bytes.
+
+    The ends of both models, two copies of a block of the source (its parts, and their join) and of
+    the result's, the states of the windows, and a slice of logits.
+    """
+    config = source.config
+    ends = config.vocab_size * config.dim * (1 if config.tied else 2)
+    total = 0
+    for subject in (source, result):
+        loaded = subject.loaded_bytes(dtype)
+        share = ends / config.parameter_count
+        total += int(loaded * share) + 2 * int(loaded * (1 - share) / config.n_layers)
+    return total + HIDDEN_BYTES + 3 * SLICE_BYTES
+
+
+def weight_errors(weights: WeightSource, result: ModelDirectory) -> Iterator[WeightError]:
+    """Compare every packed matrix with the source's, some rows at a time."""
+    tensors = result.tensors
+    for name in weights.names():
+        module = hf_module(name)
+        if f"{module}.scales" not in tensors:
+            continue
+        form = result.config.quant_format(module)
+        packed = packed_ref(tensors, module, form, dtype="float32")
+        relative, largest = _difference(lambda rows, n=name: weights.read(n, rows), packed)
+        yield WeightError(
+            tensor=name,
+            format=packed.form.describe(),
+            bits_per_weight=8 * packed.nbytes / (packed.shape[0] * packed.shape[1]),
+            relative=relative,
+            largest=largest,
+        )
+
+
+def _difference(read: Callable[[slice], mx.array], packed: PackedRef) -> tuple[float, float]:
+    """Return the relative error and the largest one."""
+    n_rows, width = packed.shape
+    step = max(1, BLOCK_BYTES // (4 * width))
+    squares = total = largest = 0.0
+    for start in range(0, n_rows, step):
+        rows = slice(start, min(start + step, n_rows))
+        exact = np.array(read(rows).astype(mx.float32))
+        rest = np.array(packed.read(rows))
+        rest -= exact
+        squares += float(np.vdot(rest, rest))
+        total += float(np.vdot(exact, exact))
+        largest = max(largest, float(np.abs(rest).max()))
+    return (squares / total) ** 0.5 if total else 0.0, largest
+
+
+def by_layer(certificate: Certificate) -> Mapping[str, float]:
+    """Return the mean relative error of each layer's matrices, and of those outside the layers."""
+    grouped: dict[str, list[float]] = {}
+    for error in certificate.weights:
+        parts = error.tensor.split(".")
+        where = f"layer {parts[1]}" if parts[0] == "layers" else parts[0]
+        grouped.setdefault(where, []).append(error.relative)
+    return {where: sum(found) / len(found) for where, found in grouped.items()}

@@ -1,0 +1,95 @@
+"""Pictures of what was measured; the one place that knows matplotlib, which is optional."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_llama_quantize.divergence import TokenScores
+
+LEAST = 1e-8  # nats; what is less is drawn as that
+N_SPANS = 200  # of the text, at most, each one mean
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw_divergence(path: Path, scores: TokenScores, title: str) -> None:
+    """Draw how the divergence is spread, and where in the text it is."""
+    figure, (spread, along) = _figure(title, 2)
+    _draw_spread(spread, scores.kld)
+    _draw_along(along, scores.kld)
+    _save(figure, path)
+
+
+def draw_certificate(
+    path: Path, scores: TokenScores | None, errors: Mapping[str, float], title: str
+) -> None:
+    """Draw the same, and the relative error of the weights by layer."""
+    figure, axes = _figure(title, 1 if scores is None else 3)
+    _draw_errors(axes[0], errors)
+    if scores is not None:
+        _draw_spread(axes[1], scores.kld)
+        _draw_along(axes[2], scores.kld)
+    _save(figure, path)
+
+
+def _figure(title: str, n_axes: int) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3 * n_axes), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, parse_math=False)
+    return figure, list(np.atleast_1d(figure.subplots(n_axes)))
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write the picture, whole or not at all; the same picture gives the same bytes."""
+    from matplotlib import rc_context
+
+    beside = path.with_name(f"{path.stem}.partial{path.suffix}")
+    metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
+    try:
+        with rc_context({"svg.hashsalt": "mlx-llama"}):
+            figure.savefig(beside, metadata=metadata)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _draw_errors(axes: Any, errors: Mapping[str, float]) -> None:
+    places = range(len(errors))
+    axes.bar(places, [100 * error for error in errors.values()], color="tab:blue", alpha=0.7)
+    names = [name.removeprefix("layer ") for name in errors]
+    axes.set_xticks(places, names, rotation=90 if len(names) > 20 else 30, fontsize=8)
+    axes.set(xlabel="layer", ylabel="error of the weights, %")
+
+
+def _draw_spread(axes: Any, kld: np.ndarray) -> None:
+    shown = np.maximum(kld, LEAST)
+    bins = np.geomspace(LEAST, max(shown.max(), 10 * LEAST), 60)
+    axes.hist(shown, bins=bins, color="tab:blue", alpha=0.7)
+    for share, style in ((0.5, "-"), (0.99, "--")):
+        value = max(float(np.quantile(kld, share)), LEAST)
+        label = f"{'median' if share == 0.5 else '99 %'}: {value:.2g}"
+        axes.axvline(value, color="black", linestyle=style, label=label)
+    mean = max(float(kld.mean()), LEAST)
+    axes.axvline(mean, color="tab:red", label=f"mean: {mean:.2g}")
+    axes.set(xscale="log", xlabel="KL divergence of a token's prediction, nats", ylabel="tokens")
+    axes.legend()
+
+
+def _draw_along(axes: Any, kld: np.ndarray) -> None:
+    spans = np.array_split(kld, min(N_SPANS, len(kld)))
+    places = np.cumsum([len(span) for span in spans]) - np.array([len(s) for s in spans]) / 2
+    axes.plot(places, [span.mean() for span in spans], color="tab:blue", label="mean of a span")
+    axes.plot(places, [span.max() for span in spans], ".", color="tab:red", label="largest in it")
+    axes.set(xlabel="scored tokens of the text", ylabel="KL divergence, nats", ylim=(0, None))
+    axes.legend()
