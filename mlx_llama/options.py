@@ -18,7 +18,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from mlx_llama.errors import OptionError
 
 KV_BITS = (16, 8, 4, "16:8", "16:4", "8:16", "8:4", "4:16", "4:8")
-METHODS = ("rtn", "mse")
+METHODS = ("rtn", "mse", "gptq", "awq", "awq+gptq")
 MODE_BITS = {"affine": 4, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4}  # what each has by default
 DTYPE_NAMES = ("bfloat16", "float16", "float32")
 DEFAULT_TEMPERATURE = 0.6  # Meta's reference code and the Llama 3 release
@@ -313,8 +313,9 @@ class ConvertOptions(_Checked):
     mode: str = _option("affine", "format: affine, mxfp4, mxfp8 or nvfp4", choices=tuple(MODE_BITS))
     method: str = _option(
         "rtn",
-        "how scales are chosen: rtn (round to nearest, from minimum and maximum) or mse (least "
-        "squared error of the weights; default of quantize)",
+        "rtn (round to nearest), mse (scales of least squared error; default of quantize), or with "
+        "a calibration text: gptq (weights make up for each other's errors), awq (finer steps for "
+        "strong inputs), awq+gptq (both)",
         choices=METHODS,
     )
     override: list[str] = _option(

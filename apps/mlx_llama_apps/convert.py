@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, process_time
 from typing import TYPE_CHECKING, Annotated
@@ -14,14 +17,15 @@ from mlx_llama.errors import OptionError
 from mlx_llama.options import ConvertOptions
 from mlx_llama_apps import paths
 from mlx_llama_apps.flags import ConvertFlags, given
-from mlx_llama_apps.progress import byte_bar, remark
+from mlx_llama_apps.progress import OnBytes, byte_bar, remark, shown
 from mlx_llama_apps.pull import fetch, listing_lines
-from mlx_llama_apps.terminal import size
+from mlx_llama_apps.terminal import StatusLine, size
 
 if TYPE_CHECKING:
     from mlx_llama_convert.plan import ConversionPlan
     from mlx_llama_convert.resources import Needs
     from mlx_llama_convert.source import SourceModel
+    from mlx_llama_quantize.calibration import CalibrationRequest
     from mlx_llama_quantize.certificate import Request
 
 MAX_THREADS = 8  # packing is bound by memory beyond that
@@ -82,6 +86,30 @@ def convert(
         build(opened, options, target, dry_run=dry_run, force=force, verify=verify, quiet=quiet)
 
 
+@dataclass(frozen=True, slots=True)
+class Care:
+    """What `quantize` does beyond converting, and where it shows how far it is."""
+
+    certificate: Request
+    calibration: CalibrationRequest | None
+    status: StatusLine | None
+
+    @contextmanager
+    def packing(self) -> Iterator[OnBytes | None]:
+        """Yield a callback(done, total, name) for the weights' bytes."""
+        if self.status is None:
+            yield None
+            return
+        show = shown(self.status, "packing")
+        yield lambda done, total, name: show(done, total)
+
+
+def _calibration_bytes(source: SourceModel) -> int:
+    from mlx_llama_quantize.calibration import calibration_bytes
+
+    return calibration_bytes(source.weights)
+
+
 def refuse_target(target: Path, *, force: bool) -> None:
     """Refuse an output that could not be written, before anything is read."""
     from mlx_llama_convert.output import check_target
@@ -98,7 +126,7 @@ def build(
     force: bool,
     quiet: bool,
     verify: bool = False,
-    certificate: Request | None = None,
+    care: Care | None = None,
 ) -> None:
     """Show the plan and carry it out; prints the directory's path."""
     from mlx_llama_convert import make_plan
@@ -112,13 +140,14 @@ def build(
         target=target,
         n_threads=thread_count(),
         method=options.method,
+        calibration_bytes=_calibration_bytes(source) if care and care.calibration else 0,
     )
     if dry_run or not quiet:
         for line in [*plan_lines(plan, target), needs_line(needs)]:
             print(line, file=sys.stdout if dry_run else sys.stderr)
     needs.check(target)
     if not dry_run:
-        _carry_out(plan, target, force=force, verify=verify, quiet=quiet, certificate=certificate)
+        _carry_out(plan, target, force=force, verify=verify, quiet=quiet, care=care)
         print(target)
 
 
@@ -163,19 +192,21 @@ def _carry_out(
     force: bool,
     verify: bool,
     quiet: bool,
-    certificate: Request | None,
+    care: Care | None,
 ) -> None:
     from mlx_llama_convert import convert_checkpoint
 
     started, started_cpu = monotonic(), process_time()
-    with byte_bar("converting", is_quiet=quiet) as on_progress:
+    bar = byte_bar("converting", is_quiet=quiet) if care is None else care.packing()
+    with bar as on_progress:
         convert_checkpoint(
             plan,
             target,
             n_threads=thread_count(),
             force=force,
             verify=verify,
-            certificate=certificate,
+            certificate=care and care.certificate,
+            calibration=care and care.calibration,
             command=["mlx-llama", *sys.argv[1:]],
             on_progress=on_progress,
             on_note=None if quiet else remark,

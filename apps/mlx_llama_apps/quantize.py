@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from mlx_llama.errors import OptionError
 from mlx_llama.options import ConvertOptions
 from mlx_llama_apps import paths
-from mlx_llama_apps.convert import build, open_named, refuse_target
+from mlx_llama_apps.convert import Care, build, open_named, refuse_target
 from mlx_llama_apps.flags import QuantizeFlags, given
 from mlx_llama_apps.progress import shown
 from mlx_llama_apps.terminal import StatusLine
+
+if TYPE_CHECKING:
+    from mlx_llama_quantize.texts import Text
 
 METHOD = "mse"  # where the mode leaves a choice
 
@@ -26,6 +30,7 @@ def quantize(
     flags: QuantizeFlags | None = None,
     dry_run: bool = False,
     force: bool = False,
+    calibration: Path | None = None,
     text: Path | None = None,
     no_report: bool = False,
     quiet: bool = False,
@@ -46,6 +51,8 @@ def quantize(
         print the plan and stop
     force
         replace a model directory that exists
+    calibration
+        what gptq and awq learn from: UTF-8, or JSONL with text (default: a text that ships)
     text
         what both models read to be compared: UTF-8, or JSONL with text (default: a text that ships)
     no_report
@@ -57,6 +64,7 @@ def quantize(
     offline
         open no connection: take a hub repository's files from the cache
     """
+    from mlx_llama_quantize.calibration import CalibrationRequest
     from mlx_llama_quantize.certificate import Request
     from mlx_llama_quantize.texts import CERTIFICATE, read_text, shipped
 
@@ -67,6 +75,7 @@ def quantize(
     if wanted.get("mode", "affine") == "affine":
         wanted = {"method": METHOD, **wanted}
     options = ConvertOptions(**wanted)
+    words = _calibration_text(options, calibration)
     target = output or paths.default_output(Path(source), bits=options.weight_bits)
     if not dry_run:
         refuse_target(target, force=force)
@@ -76,14 +85,29 @@ def quantize(
     if opened is None:
         return
     with StatusLine(after_s=0.3) as status:
-        progress = None if quiet else shown(status, "comparing")
-        request = Request(read, paths.cache_folder() / "certificates", progress)
-        build(
-            opened,
-            options,
-            target,
-            dry_run=dry_run,
-            force=force,
-            quiet=quiet,
-            certificate=request,
+
+        def progress(what: str) -> Callable[[int, int], None] | None:
+            return None if quiet else shown(status, what)
+
+        cache = paths.cache_folder()
+        care = Care(
+            Request(read, cache / "certificates", progress("comparing")),
+            words and CalibrationRequest(words, cache / "calibrations", progress("calibrating")),
+            None if quiet else status,
         )
+        build(opened, options, target, dry_run=dry_run, force=force, quiet=quiet, care=care)
+
+
+def _calibration_text(options: ConvertOptions, path: Path | None) -> Text | None:
+    """Read what a method learns from; None for one that does not."""
+    from mlx_llama_quantize import calibration
+    from mlx_llama_quantize.texts import CALIBRATION, read_text, shipped
+
+    if options.method in calibration.METHODS:
+        return read_text(path) if path else shipped(CALIBRATION)
+    if path is not None:
+        raise OptionError(
+            f"--calibration: does nothing with --method {options.method}; take one of "
+            f"{', '.join(calibration.METHODS)}"
+        )
+    return None

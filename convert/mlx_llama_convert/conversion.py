@@ -28,6 +28,12 @@ from mlx_llama_convert.shard_files import build_index, plan_shards, shard_names
 from mlx_llama_convert.tokenizer_files import write_tokenizer_files
 from mlx_llama_convert.verification import compare_weights
 from mlx_llama_quantize import quantize_weights
+from mlx_llama_quantize.calibration import (
+    Calibrated,
+    Calibration,
+    CalibrationRequest,
+    calibration_key,
+)
 from mlx_llama_quantize.certificate import Request, by_layer, certify
 from mlx_llama_quantize.plots import can_draw, draw_certificate
 from mlx_llama_quantize.subject import Subject
@@ -48,6 +54,7 @@ def convert_checkpoint(
     force: bool = False,
     verify: bool = False,
     certificate: Request | None = None,
+    calibration: CalibrationRequest | None = None,
     command: Sequence[str] = (),
     on_progress: OnProgress | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -56,9 +63,9 @@ def convert_checkpoint(
 
     force: replace a model directory that is there. verify: run some tokens through the source's
     weights and the written ones (`compare_weights`). certificate: measure what was lost, for
-    manifest and card. command: what the user typed, for the manifest. on_note: told what is kept
-    of an interrupted run. Files that such a run finished are kept when source and options are the
-    same.
+    manifest and card. calibration: the text for methods that want one. command: what the user
+    typed, for the manifest. on_note: told what is kept of an interrupted run. Files that such a run
+    finished are kept when source and options are the same.
     Raises OutputError and CheckpointError.
     """
     files = plan.source.files
@@ -67,14 +74,20 @@ def convert_checkpoint(
     needed = disk_bytes(plan.output_bytes)
     with (
         new_directory(
-            target, force=force, needed_bytes=needed, job=_job(plan), on_note=on_note
+            target, force=force, needed_bytes=needed, job=_job(plan, calibration), on_note=on_note
         ) as partial,
         Hasher() as hasher,
     ):
         digests = {
             path: hasher.submit(path, names=_digest_names(expected.get(path))) for path in files
         }
-        _write_weights(plan, partial, hasher, n_threads, on_progress)
+        walk = _calibration(plan, calibration)
+        calibrated = (
+            None
+            if walk is None or calibration is None
+            else walk.run(on_progress=calibration.on_progress)
+        )
+        _write_weights(plan, calibrated, partial, hasher, n_threads, on_progress)
         kind = kind_named(plan.config.kind)
         write_tokenizer_files(
             plan.source.tokenizer, kind, partial.folder, max_context=plan.config.max_context
@@ -89,8 +102,15 @@ def convert_checkpoint(
         if verify:
             manifest["verification"] = asdict(compare_weights(plan.source, partial.folder))
         if certificate is not None:
-            manifest["certificate"] = _certificate(plan, partial.folder, certificate)
+            manifest["certificate"] = _certificate(plan, calibrated, partial.folder, certificate)
+        if calibration is not None:
+            manifest["calibration"] = {
+                "name": calibration.text.name,
+                "sha256": calibration.text.sha256,
+            }
         _finish(partial, hasher, manifest)
+    if walk is not None:
+        walk.forget()
 
 
 def _refuse_own_source(target: Path, files: Sequence[Path]) -> None:
@@ -105,8 +125,22 @@ def _digest_names(expected: tuple[str, str] | None) -> tuple[str, ...]:
     return ("sha256", "md5") if expected and expected[0] == "md5" else ("sha256",)
 
 
-def _job(plan: ConversionPlan) -> str:
-    """Name what is being made: another source or other options make another name."""
+def _calibration(plan: ConversionPlan, request: CalibrationRequest | None) -> Calibration | None:
+    if request is None:
+        return None
+    return Calibration(
+        plan.source.weights,
+        plan.source.tokenizer,
+        plan.forms,
+        plan.options.method,
+        request.text,
+        request.states / calibration_key(_job(plan, request), request.text),
+        dtype=plan.options.dtype,
+    )
+
+
+def _job(plan: ConversionPlan, calibration: CalibrationRequest | None) -> str:
+    """Name what is being made: another source, options or text make another name."""
     stats = [(str(path), path.stat()) for path in plan.source.files]
     return json.dumps(
         {
@@ -116,6 +150,7 @@ def _job(plan: ConversionPlan) -> str:
             "options": asdict(plan.options),
             "config": config_to_hf(plan.config),
             "shard": MAX_SHARD_BYTES,
+            "calibration": None if calibration is None else calibration.text.sha256,
         },
         sort_keys=True,
     )
@@ -123,6 +158,7 @@ def _job(plan: ConversionPlan) -> str:
 
 def _write_weights(
     plan: ConversionPlan,
+    calibrated: Calibrated | None,
     partial: Partial,
     hasher: Hasher,
     n_threads: int,
@@ -138,11 +174,12 @@ def _write_weights(
             done += sum(sizes[name] for name in shards[number])
             continue
         pieces = quantize_weights(
-            plan.source.weights,
+            plan.source.weights if calibrated is None else calibrated.weights,
             plan.forms,
             dtype=plan.options.dtype,
             n_threads=n_threads,
-            method=plan.options.method,
+            method="rtn" if plan.options.method == "rtn" else "mse",
+            ready=calibrated,
             names=shards[number],
         )
         with (
@@ -261,12 +298,15 @@ def _manifest(
     }
 
 
-def _certificate(plan: ConversionPlan, folder: Path, request: Request) -> dict[str, Any]:
+def _certificate(
+    plan: ConversionPlan, calibrated: Calibrated | None, folder: Path, request: Request
+) -> dict[str, Any]:
     """Measure what the written weights lost, and draw it where matplotlib is installed."""
     source = plan.source
     subject = Subject.of_weights(source.name, source.weights, source.tokenizer, source.files)
     result = open_model_directory(folder)
-    certificate, scores = certify(source.weights, subject, result, request)
+    weights = source.weights if calibrated is None else calibrated.weights
+    certificate, scores = certify(weights, subject, result, request)
     plot = PLOT_NAME if can_draw() else None
     if plot is not None:
         draw_certificate(folder / plot, scores, by_layer(certificate), f"What {source.name} lost")

@@ -54,10 +54,14 @@ def needs_of(
     target: Path,
     n_threads: int,
     method: str = "rtn",
+    calibration_bytes: int = 0,
 ) -> Needs:
-    """Work out what writing `output_bytes` of so many weights takes; packs a sample to time it."""
+    """Work out what writing `output_bytes` of so many weights takes; packs a sample to time it.
+
+    calibration_bytes: memory of a calibration, which is not timed.
+    """
     return Needs(
-        memory=PROGRAM_BYTES + (2 * n_threads + 2) * BYTES_PER_BLOCK,
+        memory=PROGRAM_BYTES + max(calibration_bytes, (2 * n_threads + 2) * BYTES_PER_BLOCK),
         memory_found=available_memory(),
         disk=disk_bytes(output_bytes),
         disk_found=shutil.disk_usage(_existing(target)).free,
@@ -85,5 +89,5 @@ def _seconds_per_weight(form: QuantFormat | None, method: str) -> float:
         mx.eval(mx.array(sample, dtype=mx.float32))
     else:
         with mx.stream(mx.cpu):
-            pack_matrix(sample, form, method)
+            pack_matrix(sample, form, "rtn" if method == "rtn" else "mse")
     return (perf_counter() - started) / sample.size

@@ -79,7 +79,9 @@ class Request:
 def certify(
     weights: WeightSource, source: Subject, result: ModelDirectory, request: Request
 ) -> tuple[Certificate, TokenScores | None]:
-    """Compare a directory with what it was made of. weights: the source's, which it is walked by.
+    """Compare a directory with what it was made of.
+
+    weights: what was packed: the source's, or with scales folded in.
 
     Raises KeyboardInterrupt with what is done kept, OptionError for a text that is too short.
     """

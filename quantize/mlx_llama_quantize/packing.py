@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -42,6 +43,19 @@ def packed_entries(
     return [weight, (f"{module}.scales", dtype, groups), (f"{module}.biases", dtype, groups)]
 
 
+class Ready(Protocol):
+    """Tensors that are packed already, by Meta's names in `ready`."""
+
+    @property
+    def ready(self) -> Mapping[str, Any]:
+        """The names."""
+        ...
+
+    def read(self, name: str) -> dict[str, mx.array]:
+        """Return a tensor's arrays by part, evaluated."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     name: str
@@ -58,13 +72,14 @@ def quantize_weights(
     dtype: str | None,
     n_threads: int,
     method: str = "rtn",
+    ready: Ready | None = None,
     names: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, mx.array]]:
     """Yield every tensor's arrays under their Hugging Face names, in pieces of consecutive rows.
 
     forms: by Meta's name, None for a tensor that is not packed. dtype: of scales and unpacked
-    tensors, None for the source's. method: rtn, as `mx.quantize` does, or mse. names: the tensors
-    wanted, by default all of `source.names()`.
+    tensors, None for the source's. method: rtn, as `mx.quantize` does, or mse. ready: what is
+    packed already. names: the tensors wanted, by default all of `source.names()`.
     Pieces come in that order and in the order of rows; weight, scales and biases of the same rows
     follow each other. Evaluated.
     """
@@ -74,10 +89,18 @@ def quantize_weights(
         if not hasattr(streams, "cpu"):
             streams.cpu = mx.new_stream(mx.cpu)
         with mx.stream(streams.cpu):
+            if ready is not None and job.name in ready.ready:
+                module = hf_module(job.name)
+                return [(f"{module}.{part}", a) for part, a in ready.read(job.name).items()]
             return _pack(source, job)
 
     wanted = source.names() if names is None else names
-    jobs = (job for name in wanted for job in _jobs(source, name, forms[name], dtype, method))
+    whole = ready.ready if ready is not None else ()
+    jobs = (
+        job
+        for name in wanted
+        for job in _jobs(source, name, forms[name], dtype, method, is_whole=name in whole)
+    )
     waiting: deque[Future[list[tuple[str, mx.array]]]] = deque()
     pool = ThreadPoolExecutor(n_threads, thread_name_prefix="quantize")
     try:
@@ -93,10 +116,16 @@ def quantize_weights(
 
 
 def _jobs(
-    source: WeightSource, name: str, form: QuantFormat | None, dtype: str | None, method: str
+    source: WeightSource,
+    name: str,
+    form: QuantFormat | None,
+    dtype: str | None,
+    method: str,
+    *,
+    is_whole: bool,
 ) -> Iterator[_Job]:
     shape = source.shape(name)
-    if len(shape) == 1:
+    if is_whole or len(shape) == 1:
         yield _Job(name, None, form, dtype, method)
         return
     n_rows, width = shape

@@ -19,6 +19,7 @@ from mlx_llama_apps.main import main
 from mlx_llama_convert import conversion
 from mlx_llama_quantize.comparison import Comparison
 from mlx_llama_quantize.texts import CALIBRATION, CERTIFICATE, read_text, shipped
+from shared_data import shared
 from tiny_models import write_meta
 
 
@@ -102,6 +103,7 @@ def test_requantizing_is_refused_unless_allowed(
         (["--mode", "mxfp4", "--method", "mse"], 2, "take --method rtn"),
         (["--method", "best"], 2, "expected one of rtn, mse"),
         (["--text", "a.txt"], 2, "--text: does nothing with --no-report"),
+        (["--calibration", "a.txt"], 2, "--calibration: does nothing with --method mse"),
         (["--mode", "int4"], 2, "expected one of affine"),
     ],
 )
@@ -202,6 +204,27 @@ def test_a_stopped_certificate_goes_on(
     assert main(asked) == 0
     assert seen[:4] == [0, 1, 2, 2]
     assert list((home / "cache" / "certificates").iterdir()) == []
+
+
+def test_calibration_loses_less_than_rounding(tmp_path: Path, home: Path) -> None:
+    """Of stories260K, on a text that the method has not seen."""
+    source = shared("checkpoints/stories260k")
+    texts = {name: tmp_path / name for name in (CERTIFICATE, CALIBRATION)}
+    for name, path in texts.items():
+        path.write_text(shipped(name).content[:1500], encoding="utf-8")
+    found: dict[str, float] = {}
+    for method in ("rtn", "awq+gptq"):
+        out = tmp_path / method
+        asked = ["--group-size", "32", "--text", str(texts[CERTIFICATE]), "--quiet"]
+        asked += ["--method", method]
+        if method != "rtn":
+            asked += ["--calibration", str(texts[CALIBRATION])]
+        assert main(["quantize", str(source), "-o", str(out), *asked]) == 0
+        manifest = json.loads((out / "manifest.json").read_text())
+        found[method] = manifest["certificate"]["divergence"]["kld"]["mean"]["value"]
+    assert found["awq+gptq"] < 0.9 * found["rtn"]
+    assert manifest["calibration"]["name"] == CALIBRATION
+    assert list((home / "cache" / "calibrations").iterdir()) == []
 
 
 def test_shipped_texts_share_no_line() -> None:
