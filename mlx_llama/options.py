@@ -289,6 +289,19 @@ class ContextOptions(_Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions(_Checked):
+    """How a chat at a terminal shows and keeps what is said."""
+
+    plain: bool = _option(False, "show answers as they come, without Markdown")
+    chat_cache_bytes: int = _option(
+        2_000_000_000,
+        "bytes that the caches of the newest chats may take on disk together; 0 keeps none",
+        low=0,
+        high=1 << 62,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertOptions(_Checked):
     """What a model directory shall hold."""
 

@@ -6,20 +6,39 @@ model directory's own defaults can take its place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, make_dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 from cyclopts import Parameter, Token
 
 from mlx_llama.errors import OptionError
-from mlx_llama.options import ContextOptions, ConvertOptions, GenerationOptions, LoadOptions
+from mlx_llama.options import (
+    ChatOptions,
+    ContextOptions,
+    ConvertOptions,
+    GenerationOptions,
+    LoadOptions,
+)
+
+ON_FULL_IN_CHAT = (
+    "what a full context does: ask (the default at a terminal), stop, which ends the answer, or "
+    "slide, which drops the oldest tokens behind the kept ones and says so"
+)
 
 
-def _flags_of(options: type, *, only: Sequence[str] = (), **types: Any) -> type:
+def _flags_of(
+    options: type,
+    *,
+    only: Sequence[str] = (),
+    helps: Mapping[str, str] = MappingProxyType({}),
+    **types: Any,
+) -> type:
     """Make a dataclass of optional flags; `types` says how some are given on a command line.
 
-    only: the names to take, where not all of them mean something to a command.
+    only: the names to take, where not all of them mean something to a command. helps: what is said
+    of some in place of their own help.
     """
     hints = get_type_hints(options)
     made: list[tuple[str, Any, Any]] = []
@@ -29,7 +48,7 @@ def _flags_of(options: type, *, only: Sequence[str] = (), **types: Any) -> type:
         kind = types.get(spec.name, hints[spec.name])
         is_whole = int in (kind, *get_args(kind))
         parameter = Parameter(
-            help=spec.metadata["help"] + _default_help(spec),
+            help=helps.get(spec.name) or spec.metadata["help"] + _default_help(spec),
             allow_leading_hyphen=True,
             converter=_whole_number if is_whole else None,
         )
@@ -70,6 +89,12 @@ if TYPE_CHECKING:
     class ContextFlags:
         """The fields of `ContextOptions`, each None when it was not given."""
 
+    class ChatContextFlags:
+        """The same for the chat, which can ask when the context is full."""
+
+    class ChatFlags:
+        """The fields of `ChatOptions`, each None when it was not given."""
+
     class PlanFlags:
         """Those of them that decide how much memory a model takes."""
 
@@ -89,6 +114,10 @@ else:
     QuantizeFlags = Parameter(name="*")(_flags_of(ConvertOptions))
     CONTEXT_TYPES = {"context": str, "kv_bits": str}
     ContextFlags = Parameter(name="*")(_flags_of(ContextOptions, **CONTEXT_TYPES))
+    ChatContextFlags = Parameter(name="*")(
+        _flags_of(ContextOptions, helps={"on_full": ON_FULL_IN_CHAT}, **CONTEXT_TYPES)
+    )
+    ChatFlags = Parameter(name="*")(_flags_of(ChatOptions))
     PlanFlags = Parameter(name="*")(
         _flags_of(ContextOptions, only=("context", "kv_bits", "prefill_chunk"), **CONTEXT_TYPES)
     )
@@ -102,21 +131,22 @@ def given(flags: object) -> dict[str, Any]:
     found = {spec.name: getattr(flags, spec.name) for spec in fields(flags)}  # pyright: ignore[reportArgumentType]
     found = {name: value for name, value in found.items() if value is not None}
     if "logit_bias" in found:
-        found["logit_bias"] = _biases(found["logit_bias"])
+        found["logit_bias"] = biases(found["logit_bias"])
     for name in ("context", "kv_bits"):  # a number, or a word such as max or 8:4
         if found.get(name, "").isdecimal():
             found[name] = int(found[name])
     return found
 
 
-def _biases(texts: Iterable[str]) -> dict[str, float]:
-    biases: dict[str, float] = {}
+def biases(texts: Iterable[str]) -> dict[str, float]:
+    """Read texts such as " yes=2.5"; OptionError for others."""
+    found: dict[str, float] = {}
     for text in texts:
         token, bias = _bias(text)
-        if token in biases:
+        if token in found:
             raise OptionError(f"--logit-bias: {token!r} is given twice; leave one of them out")
-        biases[token] = bias
-    return biases
+        found[token] = bias
+    return found
 
 
 def _bias(text: str) -> tuple[str, float]:

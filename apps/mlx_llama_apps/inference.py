@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from mlx_llama import Llama, Step
 
 PATIENCE_S = 0.1
+GRACE_S = 0.06  # what an interrupted answer may take to end of itself
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -37,6 +39,10 @@ class _End:
 
     value: object = None
     error: BaseException | None = None
+
+
+class _Interrupted:
+    """Stands among a job's results where its reader was interrupted."""
 
 
 @dataclass(slots=True)
@@ -59,6 +65,8 @@ class Inference(Generic[S]):
         self._make = make
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()  # None ends the thread
         self._state: S
+        self._read: _Job | None = None  # whose results the caller waits for
+        self._is_interrupted = False
         # A daemon: a slice in flight must not keep the program from ending.
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
 
@@ -90,6 +98,21 @@ class Inference(Generic[S]):
         self._jobs.put(None)
         self._thread.join(PATIENCE_S)
 
+    def listen(self) -> None:
+        """Forget earlier interrupts: what comes from here on belongs to what is asked next."""
+        self._is_interrupted = False
+
+    def interrupt(self) -> None:
+        """End what the caller waits for, or will wait for next. May be called by a signal handler.
+
+        An answer is cancelled and its reader goes on within GRACE_S; a call raises
+        KeyboardInterrupt.
+        """
+        self._is_interrupted = True
+        if (job := self._read) is not None:
+            job.cancel.set()
+            job.results.put(_Interrupted())
+
     def call(self, function: Callable[[S], T]) -> T:
         """Run a function on the thread and return its result, after the jobs before it."""
 
@@ -102,31 +125,49 @@ class Inference(Generic[S]):
         """Yield the steps that a function makes on the thread.
 
         Closing the iterator early (Ctrl-C, too) returns at once; the thread stops at its next
-        slice, and later jobs wait for that.
+        slice, and later jobs wait for that. After `interrupt` it yields what still comes at once.
         """
 
         def work() -> Iterator[object]:
             yield from function(self._state, job.cancel)
 
         job = _Job(work)
-        self._jobs.put(job)
+        self._start(job)
+        until: float | None = None
         try:
-            while not isinstance(result := job.results.get(), _End):
-                yield result  # pyright: ignore[reportReturnType]
+            while not isinstance(result := job.results.get(timeout=_left(until)), _End):
+                if isinstance(result, _Interrupted):
+                    until = monotonic() + GRACE_S if until is None else until
+                else:
+                    yield result  # pyright: ignore[reportReturnType]
             if result.error is not None:
                 raise result.error
+        except queue.Empty:  # interrupted, and a slice is still in flight
+            pass
         finally:
+            self._read = None
             job.cancel.set()
 
     def _submit(self, work: Callable[[], Iterator[object]]) -> _Job:
         job = _Job(work)
-        self._jobs.put(job)
+        self._start(job)
         return job
+
+    def _start(self, job: _Job) -> None:
+        self._read = job
+        if self._is_interrupted:
+            self.interrupt()
+        self._jobs.put(job)
 
     def _wait(self, job: _Job) -> object:
         value: object = None
-        while not isinstance(result := job.results.get(), _End):
-            value = result
+        try:
+            while not isinstance(result := job.results.get(), _End):
+                if isinstance(result, _Interrupted):
+                    raise KeyboardInterrupt
+                value = result
+        finally:
+            self._read = None
         if result.error is not None:
             raise result.error
         return value
@@ -140,6 +181,10 @@ class Inference(Generic[S]):
             except BaseException as error:
                 end = _End(error=error)
             job.results.put(end)
+
+
+def _left(until: float | None) -> float | None:
+    return None if until is None else max(0.0, until - monotonic())
 
 
 def model_loader(

@@ -71,6 +71,7 @@ def arguments_of(command: str, *, parse_docstring: bool = False) -> list[Argumen
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every error is one line on stderr."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
+    tokens = chat.with_optional_values(tokens)
     tokens, is_debugged = _without_debug(tokens)
     command = tokens[0] if tokens and tokens[0] in COMMANDS else None
     try:

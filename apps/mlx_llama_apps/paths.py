@@ -31,6 +31,37 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path(APP_NAME, appauthor=False)
 
 
+def chats_folder() -> Path:
+    """Return the folder of the chats that were saved."""
+    return data_folder() / "chats"
+
+
+def history_file() -> Path:
+    """Return the file of what was typed."""
+    return data_folder() / "history"
+
+
+def config_file() -> Path:
+    """Return the file of the user's own defaults."""
+    home = os.environ.get("MLX_LLAMA_HOME")
+    if home:
+        return Path(home).expanduser() / "config" / "config.toml"
+    return platformdirs.user_config_path(APP_NAME, appauthor=False) / "config.toml"
+
+
+def chat_caches_folder() -> Path:
+    """Return the folder of the caches of the newest chats."""
+    home = os.environ.get("MLX_LLAMA_HOME")
+    if home:
+        return Path(home).expanduser() / "cache" / "chats"
+    return platformdirs.user_cache_path(APP_NAME, appauthor=False) / "chats"
+
+
+def models_at_hand() -> list[Path]:
+    """Return the model directories in the models folder, by name."""
+    return sorted(p for p in models_folder().glob("*") if (p / "config.json").is_file())
+
+
 def models_folder() -> Path:
     """Return the folder that `convert` writes to without --output."""
     return data_folder() / "models"
@@ -54,7 +85,7 @@ def resolve_model(text: str) -> Path:
     is_name = Path(text).name == text and text not in ("", ".", "..")
     if is_name and (models_folder() / text).is_dir():
         return models_folder() / text
-    known = sorted(p.name for p in models_folder().glob("*") if (p / "config.json").is_file())
+    known = [p.name for p in models_at_hand()]
     at_hand = f"; at hand: {', '.join(known)}" if known else ""
     raise CheckpointError(
         f"{text}: no such folder, and no model of that name in {models_folder()}{at_hand}; make "

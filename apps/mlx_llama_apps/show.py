@@ -108,6 +108,16 @@ def model_facts(
     }
 
 
+def model_rows(directory: ModelDirectory, options: LoadOptions) -> list[tuple[str, str]]:
+    """Return what `show` says of the model itself, as name and value; fit for a terminal."""
+    rows = _rows(model_facts(directory, ContextOptions(), options))
+    return [
+        (name, visible(value.translate(LINE_ENDS)))
+        for name, value in rows
+        if name not in ("memory", "fits")
+    ]
+
+
 def _rope_reason(directory: ModelDirectory, options: LoadOptions) -> Any:
     """Say why the RoPE factor is what it is; None where there is none, or no reason is known."""
     if options.rope_linear is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import threading
 from time import monotonic
@@ -27,6 +28,11 @@ def size(nbytes: int) -> str:
 def visible(text: str) -> str:
     """Return a text with its control characters, but tab and newline, as U+FFFD."""
     return _CONTROL.sub("\ufffd", text)
+
+
+def _cut(text: str, columns: int) -> str:
+    """Return what of a line fits, so that it stays one line."""
+    return text if len(text) <= columns else text[: max(0, columns - 1)] + "…"
 
 
 def write_text(text: str, stream: TextIO) -> None:
@@ -81,7 +87,8 @@ class StatusLine:
         with self._lock:
             if not self._is_over and monotonic() >= self._due:
                 self._is_shown = True
-                sys.stderr.write(_CLEAR_LINE + text)
+                columns = shutil.get_terminal_size().columns
+                sys.stderr.write(_CLEAR_LINE + _cut(visible(text), columns - 1))
                 sys.stderr.flush()
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ from mlx_llama_convert.hub_cache import (
     Listing,
     Snapshot,
     disk_told,
+    is_model_folder,
     link,
     nbytes_of,
     prepare,
@@ -134,6 +135,20 @@ def find_cached(
             f"{name}: the copy in the cache is not whole: {error}; complete it with the network: "
             "the same command without --offline, HF_HUB_OFFLINE unset"
         ) from error
+
+
+def cached_models(cache: Path | None = None) -> list[tuple[str, Path]]:
+    """Return the Llamas in the cache that can be loaded as they are, by repository name.
+
+    Of each repository the newest snapshot with config.json and safetensors; opens no connection.
+    """
+    found: list[tuple[str, Path]] = []
+    for root in sorted(_cache(cache).glob("models--*")):
+        snapshots = [p for p in root.glob("snapshots/*") if is_model_folder(p)]
+        if snapshots:
+            newest = max(snapshots, key=lambda path: path.stat().st_mtime)
+            found.append((root.name.removeprefix("models--").replace("--", "/", 1), newest))
+    return found
 
 
 def is_switched_off() -> bool:

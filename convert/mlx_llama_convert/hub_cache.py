@@ -7,6 +7,7 @@ link to a content, refs/REVISION the commit that a branch or tag was. Knows no n
 from __future__ import annotations
 
 import errno
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -154,3 +155,13 @@ def nbytes_of(path: Path) -> int | None:
     with suppress(OSError):
         return path.stat().st_size if path.is_file() else None
     return None
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a folder holds a Llama's config.json and safetensors."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    is_llama = isinstance(config, dict) and config.get("model_type") == "llama"
+    return is_llama and any(path.glob("*.safetensors"))

@@ -1,9 +1,10 @@
-"""`mlx-llama chat`: a conversation in the terminal.
+"""`mlx-llama chat`: a conversation in the terminal, made of parts that know little of each other.
 
-`talk` is the conversation on the inference thread, `commands` the table of what begins with a
-slash, `screen` all that is drawn; `command` joins them.
+`talk` is the conversation on the inference thread, with `store`, its file; `commands` the table of
+what begins with a slash, with `settings`; `view` all that is drawn, with `blocks` and `markdown`;
+`reader` the keyboard. `conversation` joins them, `command` reads the flags.
 """
 
-from mlx_llama_apps.chat.command import chat
+from mlx_llama_apps.chat.command import chat, with_optional_values
 
-__all__ = ["chat"]
+__all__ = ["chat", "with_optional_values"]

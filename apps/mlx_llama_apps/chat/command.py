@@ -1,36 +1,42 @@
-"""The chat itself: reads a line, runs a command or streams an answer, until the user leaves."""
+"""`mlx-llama chat`: reads the flags, loads the model on its thread, and begins to converse."""
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from mlx_llama.errors import MlxLlamaError
-from mlx_llama.options import ContextOptions, GenerationOptions, LoadOptions
+from mlx_llama.errors import OptionError
 from mlx_llama_apps import paths
-from mlx_llama_apps.chat.commands import parse
-from mlx_llama_apps.chat.talk import Talk, make_talk
-from mlx_llama_apps.flags import ContextFlags, GenerationFlags, LoadFlags, given
-from mlx_llama_apps.inference import Inference, model_loader
-from mlx_llama_apps.progress import prefill_progress
-from mlx_llama_apps.terminal import StatusLine, size
+from mlx_llama_apps.flags import ChatContextFlags, ChatFlags, GenerationFlags, LoadFlags, given
+from mlx_llama_apps.terminal import StatusLine, read_stdin, size
 
 if TYPE_CHECKING:
-    from mlx_llama import Step
-    from mlx_llama_apps.chat.screen import Screen
+    from mlx_llama import Llama, Step
+    from mlx_llama_apps.chat.settings import Settings
+    from mlx_llama_apps.chat.store import SavedChat
+    from mlx_llama_apps.chat.talk import Folders, Talk
+    from mlx_llama_apps.inference import Inference
+
+LAST = "last"
 
 
 def chat(
-    model: str,
+    model: str | None = None,
     /,
     *,
     system: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     date: str | None = None,
+    resume: Annotated[str | None, Parameter(name="--resume")] = None,
+    no_save: bool = False,
+    preset: str | None = None,
+    chat_flags: ChatFlags | None = None,
     flags: GenerationFlags | None = None,
-    context_flags: ContextFlags | None = None,
+    context_flags: ChatContextFlags | None = None,
     load_flags: LoadFlags | None = None,
 ) -> None:
     """Talk to a model. /help shows the commands, Ctrl-C stops an answer, Ctrl-D leaves.
@@ -38,119 +44,182 @@ def chat(
     Parameters
     ----------
     model
-        a model directory, or the name of one in the models folder
+        a model directory, or the name of one in the models folder (default: the resumed chat's, or
+        a choice of what is at hand)
     system
         the system prompt
     date
         date for the system block of Llama 3.1 and later, such as "26 Jul 2024" (default: none)
+    resume
+        go on with the saved chat of this ID, or of its beginning; without an ID with the last one
+    no_save
+        do not save the chat
+    preset
+        a preset of the configuration file: its values go before the file's defaults
     """
-    from mlx_llama_apps.chat.screen import Screen
+    from mlx_llama_apps.chat import store
+    from mlx_llama_apps.chat.settings import Settings, read_config
+    from mlx_llama_apps.chat.talk import Folders
 
+    is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    texts = {"system": system, "date": date}
+    wanted = {name: value for name, value in texts.items() if value is not None}
+    for some in (chat_flags, flags, context_flags, load_flags):
+        wanted |= given(some)
+    saved = None if resume is None else store.find_chat(paths.chats_folder(), resume)
     # A wrong option is told before the model is loaded.
-    options, context = given(flags), given(context_flags)
-    GenerationOptions(**options)
-    checked, load_options = ContextOptions(**context), LoadOptions(**given(load_flags))
-    path = paths.resolve_model(model)
-    screen = Screen()
-    status = StatusLine()
-    load = model_loader(path, load_options, checked, status)
+    settings = Settings(
+        flags=wanted,
+        preset=preset,
+        config=read_config(paths.config_file()),
+        asks_when_full=is_interactive,
+        of_chat={} if saved is None else _usable(saved.settings, is_interactive),
+    )
+    path = _model_path(model, saved, is_interactive)
+    is_saved = not no_save and (is_interactive or saved is not None)
+    folders = Folders(paths.chats_folder() if is_saved else None, paths.chat_caches_folder())
+    if is_interactive:
+        _converse(path, settings, folders, saved)
+    else:
+        _answer_pipe(path, settings, folders, saved)
 
+
+def _usable(values: Mapping[str, Any], is_interactive: bool) -> dict[str, Any]:
+    """Return a chat's settings as they can be taken up here."""
+    from mlx_llama_apps.chat.settings import KEYS
+
+    kept = {name: value for name, value in values.items() if name in KEYS}
+    if not is_interactive and kept.get("on_full") == "ask":
+        del kept["on_full"]
+    return kept
+
+
+def _model_path(model: str | None, saved: SavedChat | None, is_interactive: bool) -> Path:
+    if model is not None:
+        return paths.resolve_model(model)
+    if saved is not None and saved.model:
+        return paths.resolve_model(saved.model)
+    from mlx_llama_apps.chat.choice import choose_model, models_at_hand
+
+    found = models_at_hand()
+    if is_interactive:
+        return choose_model(found)
+    at_hand = ", ".join(path.name for path, _ in found) or "none"
+    raise OptionError(
+        "MODEL is missing: give a model directory, such as mlx-llama convert makes of a "
+        f"checkpoint; at hand: {at_hand}"
+    )
+
+
+def _loader(
+    path: Path, settings: Settings, status: StatusLine
+) -> Callable[[Mapping[str, Any]], Llama]:
+    def load(options: Mapping[str, Any]) -> Llama:
+        from mlx_llama.options import ContextOptions, LoadOptions
+        from mlx_llama_apps.inference import model_loader
+
+        context = ContextOptions(**settings.group("context"))
+        return model_loader(path, LoadOptions(**options), context, status)()
+
+    return load
+
+
+def _begin(
+    path: Path,
+    settings: Settings,
+    folders: Folders,
+    saved: SavedChat | None,
+    status: StatusLine,
+) -> Callable[[], Talk]:
     def begin() -> Talk:
-        return make_talk(load(), system=system, date=date, options=options, context=context)
+        from mlx_llama_apps.chat.talk import Talk
 
-    with status, Inference(begin) as inference:
-        status.close()
-        _Conversation(inference, screen).run()
+        talk = Talk(_loader(path, settings, status), settings, folders)
+        if saved is not None:
+            talk.resumed = talk.resume(saved)
+        return talk
+
+    return begin
 
 
-class _Conversation:
-    """The loop between the screen and the inference thread."""
+def _converse(path: Path, settings: Settings, folders: Folders, saved: SavedChat | None) -> None:
+    from mlx_llama_apps.inference import Inference
 
-    def __init__(self, inference: Inference[Talk], screen: Screen) -> None:
-        self._inference = inference
-        self._screen = screen
-        self._is_leaving = False
+    with StatusLine() as status:
+        with Inference(_begin(path, settings, folders, saved, status)) as inference:
+            status.close()
+            _talk_at_terminal(inference, settings, folders, saved)
 
-    def run(self) -> None:
-        """Converse until the user leaves or the input ends."""
-        if self._screen.is_interactive:
-            self.say(self._inference.call(lambda talk: _greeting(talk)))
-        while not self._is_leaving:
-            try:
-                line = self._screen.read()
-            except KeyboardInterrupt:
-                self.say("Ctrl-D or /exit leaves")
-                continue
-            if line is None:
-                return
-            if line.strip():
-                self._try(line)
-            if not self._screen.is_interactive:
-                return
 
-    def say(self, text: str) -> None:
-        """Print a remark of the program's own."""
-        self._screen.say(text)
+def _talk_at_terminal(
+    inference: Inference[Talk], settings: Settings, folders: Folders, saved: SavedChat | None
+) -> None:
+    from mlx_llama_apps.chat.conversation import Conversation
+    from mlx_llama_apps.chat.view import View
 
-    def clear(self) -> None:
-        """Forget the conversation."""
-        self._inference.call(lambda talk: talk.clear())
+    view = View(is_plain=settings.value("plain"))
+    conversation = Conversation(inference, view, settings, folders)
+    view.say(inference.call(greeting))
+    if saved is not None:
+        conversation.show_resumed(saved, inference.call(lambda talk: talk.resumed))
+    conversation.run()
 
-    def leave(self) -> None:
-        """End the chat after this command."""
-        self._is_leaving = True
 
-    def _try(self, line: str) -> None:
-        """Handle a line; at a terminal no error ends the conversation."""
-        if not self._screen.is_interactive:
-            self._handle(line)
-            return
-        try:
-            self._handle(line)
-        except MlxLlamaError as error:
-            self.say(str(error))
-        except KeyboardInterrupt:
-            self.say("stopped")
+def greeting(talk: Talk) -> str:
+    """Say in one line what was loaded and whether it fits."""
+    llama, context = talk.llama, talk.session.context
+    plan = context.plan
+    how = "it continues your text; /help" if llama.kind.is_base else "/help"
+    base = " (base model)" if llama.kind.is_base else ""
+    weights = sum(array.nbytes for array in llama.model.arrays())
+    free = "" if plan.found is None else f" of {size(plan.found)} free"
+    return (
+        f"{llama.path.name}: {llama.kind.name}{base}, weights {size(weights)}, context "
+        f"{context.capacity} ({context.reason}) fits: up to {size(plan.total)}{free}; {how} shows "
+        "the commands"
+    )
 
-    def _handle(self, line: str) -> None:
-        if not self._screen.is_interactive:  # what is piped is a message, slashes and all
-            self._answer(line)
-            return
-        try:
-            command, message = parse(line)
-        except LookupError as error:
-            self.say(str(error.args[0]))
-            return
-        if command is None:
-            self._answer(message)
-        else:
-            command.action(self)
 
-    def _answer(self, message: str) -> None:
-        reason, stats = None, None
-        with StatusLine() as status:
+def _answer_pipe(path: Path, settings: Settings, folders: Folders, saved: SavedChat | None) -> None:
+    """Answer what standard input holds, as one message, and leave; stdout gets the text alone."""
+    from mlx_llama_apps.chat.view import View
+    from mlx_llama_apps.inference import Inference
+    from mlx_llama_apps.progress import prefill_progress, remark
+
+    text = read_stdin()
+    if not text:
+        return
+    view = View(is_plain=settings.value("plain"))
+    with StatusLine() as status:
+        with Inference(_begin(path, settings, folders, saved, status)) as inference:
             on_prefill = prefill_progress(status)
 
             def ask(talk: Talk, cancel: threading.Event) -> Iterator[Step]:
-                return talk.answer(message, on_prefill=on_prefill, cancel=cancel)
+                return talk.ask(text, cancel, on_prefill)
 
+            view.begin_answer()
+            reason = None
             try:
-                for step in self._inference.stream(ask):
+                for step in inference.stream(ask):
                     status.close()
-                    self._screen.write(step.text)
-                    reason, stats = step.finish_reason, step.stats
-            except KeyboardInterrupt:
-                if not self._screen.is_interactive:
-                    raise
-                reason = "cancelled"
-        self._screen.end_answer(reason, stats)
+                    view.write(step.text)
+                    reason = step.finish_reason
+            finally:
+                view.end_answer(None, None)
+            talk = inference.call(lambda talk: talk)
+            inference.call(lambda talk: talk.close())
+            while not talk.notices.empty():
+                remark(talk.notices.get())
+            if reason == "context":
+                remark("the answer ended where the context is full; --on-full slide would go on")
 
 
-def _greeting(talk: Talk) -> str:
-    llama, context = talk.llama, talk.session.context
-    how = "continues your text" if llama.kind.is_base else "/help shows the commands"
-    base = " (base model)" if llama.kind.is_base else ""
-    return (
-        f"{llama.path.name}: {llama.kind.name}{base}, context {context.capacity} "
-        f"({context.reason}), up to {size(context.plan.total)} beside the weights; {how}"
-    )
+def with_optional_values(tokens: list[str]) -> list[str]:
+    """Return a command line on which --resume without an ID has one: the last chat's."""
+    if tokens[:1] != ["chat"]:
+        return tokens
+    found: list[str] = []
+    for token, following in zip(tokens, [*tokens[1:], "-"], strict=True):
+        is_bare = token == "--resume" and following.startswith("-")
+        found.append(f"--resume={LAST}" if is_bare else token)
+    return found

@@ -1,0 +1,43 @@
+"""Which model, when none was named: what is at hand, and a short question."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from mlx_llama.errors import CheckpointError, OptionError
+from mlx_llama_apps import paths
+from mlx_llama_apps.terminal import visible
+
+
+def models_at_hand() -> list[tuple[Path, str]]:
+    """Return model directories, each with what is shown: the models folder, then the hub's cache."""
+    from mlx_llama_convert.hub import cached_models
+
+    found = [(path, path.name) for path in paths.models_at_hand()]
+    return found + [(path, f"{name} (hub cache)") for name, path in cached_models()]
+
+
+def choose_model(found: list[tuple[Path, str]]) -> Path:
+    """List models and let the user pick one by number or name."""
+    if not found:
+        raise CheckpointError(
+            f"no model is at hand in {paths.models_folder()}; make one: mlx-llama convert "
+            "meta-llama/Llama-3.2-1B-Instruct, or convert a checkpoint's folder"
+        )
+    for number, (_, name) in enumerate(found, 1):
+        print(visible(f"{number:>3}  {name}"), file=sys.stderr)
+    from prompt_toolkit import prompt
+
+    try:
+        text = prompt("Which model? [1] ").strip() or "1"
+    except EOFError:
+        raise KeyboardInterrupt from None
+    if text.isdecimal() and 1 <= int(text) <= len(found):
+        return found[int(text) - 1][0]
+    named = [path for path, name in found if name == text or path.name == text]
+    if not named:
+        raise OptionError(
+            f"MODEL: {text!r:.60} is none of those; give a number from 1 to {len(found)}"
+        )
+    return named[0]

@@ -1,0 +1,458 @@
+"""The chat's loop: a line is read, a command is run or an answer streamed, until the user leaves.
+
+Joins the three parts: the conversation on the inference thread, the commands and the view. Ctrl-C
+arrives here as a signal: it never breaks into what is being drawn or written.
+"""
+
+from __future__ import annotations
+
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from mlx_llama.errors import ContextOverflowError, MlxLlamaError, OptionError
+from mlx_llama_apps import paths
+from mlx_llama_apps.chat import export, store
+from mlx_llama_apps.chat.commands import complete, parse
+from mlx_llama_apps.chat.reader import Reader, hushed
+from mlx_llama_apps.chat.settings import Settings, key_named
+from mlx_llama_apps.chat.store import ChatError, SavedChat
+from mlx_llama_apps.chat.talk import Folders, Talk
+from mlx_llama_apps.chat.view import View, meter_text, stats_parts
+from mlx_llama_apps.inference import Inference
+from mlx_llama_apps.progress import prefill_progress
+from mlx_llama_apps.terminal import StatusLine, size
+
+if TYPE_CHECKING:
+    from mlx_llama import Step
+
+MEMORY_SIGNS = ("unable to allocate", "out of memory", "outofmemory", "[malloc]", "[metal]")
+MEMORY_LINE = (
+    "the machine is out of memory; the chat is kept. Try /set context with fewer tokens, /set "
+    "kv_bits 8, or a model of fewer bits"
+)
+MAX_READ_BYTES = 16 << 20
+
+Answering = Callable[[Talk, threading.Event, Callable[[int, int], None]], "Iterator[Step]"]
+
+
+class Conversation:
+    """The chat at a terminal. Its methods are the commands' actions."""
+
+    def __init__(
+        self, inference: Inference[Talk], view: View, settings: Settings, folders: Folders
+    ) -> None:
+        self._inference = inference
+        self._view = view
+        self._settings = settings
+        self._folders = folders
+        self._talk = inference.call(lambda talk: talk)  # for what any thread may read
+        self._reader = Reader(paths.history_file(), complete=complete, toolbar=self._toolbar)
+        self._draft = ""  # offered with the next prompt
+        self._is_editing = False  # the next message takes the place of the last question
+        self._attached: list[tuple[str, str, int]] = []  # name, text and tokens of files to send
+        self._listed: list[SavedChat] = []  # what /chats numbered
+        self._is_leaving = False
+
+    def run(self) -> None:
+        """Converse until the user leaves. KeyboardInterrupt when Ctrl-C leaves."""
+        with self._signals():
+            try:
+                while not self._is_leaving:
+                    self._tell()
+                    draft, self._draft = self._draft, ""
+                    line = self._reader.read(draft)
+                    self._inference.listen()
+                    is_editing, self._is_editing = self._is_editing, False
+                    if line is None:
+                        break
+                    if line.strip():
+                        self._try(lambda line=line, on=is_editing: self._handle(line, on))
+            finally:
+                self._inference.listen()
+                self._end()
+
+    def _end(self) -> None:
+        """Keep the cache; Ctrl-C goes without."""
+        with StatusLine() as status:
+            status.show("keeping the cache for --resume; Ctrl-C goes without")
+            try:
+                found = self._inference.call(lambda talk: talk.close())
+            except KeyboardInterrupt:
+                found = None
+        self._tell()
+        if found:
+            self.say(found)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            del number, frame
+            self._inference.interrupt()
+
+        before = signal.signal(signal.SIGINT, on_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        """Do what was asked; no error ends the conversation."""
+        try:
+            action()
+        except MlxLlamaError as error:
+            self._view.say(str(error))
+        except KeyboardInterrupt:
+            self._view.say("stopped")
+        except OSError as error:
+            self._view.say(f"{error.filename or 'output'}: {error.strerror}")
+        except Exception as error:
+            text = str(error)
+            if isinstance(error, MemoryError) or any(s in text.lower() for s in MEMORY_SIGNS):
+                self._view.say(MEMORY_LINE)
+            else:
+                self._view.say(f"unexpected {type(error).__name__}: {text}; the chat goes on")
+
+    def _handle(self, line: str, is_editing: bool) -> None:
+        command, argument = parse(line)
+        if command is not None:
+            command.action(self, argument)
+        elif is_editing:
+            text = argument
+            self._answer(
+                lambda talk, cancel, on_prefill: talk.retry(cancel, on_prefill, text=text), text
+            )
+        else:
+            self._ask(argument)
+
+    def _tell(self) -> None:
+        """Say what has happened on the thread meanwhile."""
+        while True:
+            try:
+                self._view.say(self._talk.notices.get_nowait())
+            except queue.Empty:
+                return
+
+    def _toolbar(self) -> str:
+        used, limit = self._talk.meter
+        parts = [meter_text(used, limit)]
+        if self._view.width < 40:
+            parts = [f"{100 * used // max(limit, 1)} % of {limit}"]
+        parts += [f"+ {name} ({n_tokens})" for name, _, n_tokens in self._attached]
+        return " · ".join(parts)
+
+    # --- answers ---------------------------------------------------------------------------------
+
+    def _ask(self, message: str) -> None:
+        attached, self._attached = self._attached, []
+        text = "\n\n".join([*(f"{name}:\n{content}" for name, content, _ in attached), message])
+        try:
+            self._answer(lambda talk, *hooks: talk.ask(text, *hooks), message)
+        except BaseException:
+            self._attached = attached
+            raise
+
+    def _answer(self, answering: Answering, draft: str = "", begun: str = "") -> None:
+        """Stream an answer; draft: what is offered again when nothing comes of it."""
+        try:
+            reason = self._stream(answering, begun)
+        except ContextOverflowError as error:
+            self._view.say(str(error))
+            self._on_full(lambda: self._answer(answering, draft), draft)
+            return
+        except BaseException:
+            self._draft = draft
+            raise
+        self._tell()
+        if reason == "context":
+            self._on_full(self.continue_answer, "")
+
+    def _stream(self, answering: Answering, begun: str) -> str | None:
+        reason, stats, is_shown = None, None, False
+        with hushed(), StatusLine() as status:
+            on_prefill = prefill_progress(status)
+            steps = self._inference.stream(lambda talk, cancel: answering(talk, cancel, on_prefill))
+            try:
+                for step in steps:
+                    if not is_shown:
+                        status.close()
+                        self._view.begin_answer(begun)
+                        is_shown = True
+                    self._view.write(step.text)
+                    reason, stats = step.finish_reason, step.stats
+            except BaseException:
+                if is_shown:
+                    self._view.end_answer(None, None)
+                raise
+        self._view.end_answer("cancelled" if reason is None else reason, stats)
+        return reason
+
+    def _on_full(self, go_on: Callable[[], None], draft: str) -> None:
+        """Ask what a full context is to do, unless that was decided."""
+        if self._settings.value("on_full") != "ask":
+            self._draft = draft
+            return
+        choice = self._reader.choose(
+            "The context is full. s: drop the oldest turns as needed and go on · n: begin a new "
+            "chat · Enter: stay"
+        ).lower()
+        if choice in ("s", "slide"):
+            self.set("on_full", "slide")
+            go_on()
+        elif choice in ("n", "new"):
+            self.clear()
+            self._draft = draft
+        else:
+            self._draft = draft
+
+    def retry(self) -> None:
+        """Answer the last question anew, with another seed."""
+        self._answer(lambda talk, *hooks: talk.retry(*hooks))
+
+    def continue_answer(self) -> None:
+        """Go on with a cut answer, shown from its last block."""
+        messages = self._inference.call(
+            lambda talk: talk.session.messages if talk.session.can_continue else []
+        )
+        begun = messages[-1].content if messages else ""
+        self._answer(lambda talk, *hooks: talk.continue_answer(*hooks), begun=begun)
+
+    def undo(self) -> None:
+        """Take back the last question and its answer."""
+        text = self._inference.call(lambda talk: talk.undo())
+        self._view.say(f"taken back: {_first_line(text)}")
+
+    def edit(self) -> None:
+        """Offer the last question to be changed; sent, it takes the old one's place."""
+        messages = self._inference.call(lambda talk: talk.session.messages)
+        asked = [message.content for message in messages if message.role == "user"]
+        if not asked:
+            raise OptionError("nothing was asked yet")
+        self._draft, self._is_editing = asked[-1], True
+
+    # --- what the commands say -------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        """Print a remark."""
+        self._view.say(text)
+
+    def table(self, rows: list[tuple[str, ...]]) -> None:
+        """Print rows in columns."""
+        self._view.table(rows)
+
+    def leave(self) -> None:
+        """End the chat after this command."""
+        self._is_leaving = True
+
+    def copy(self) -> None:
+        """Copy the last answer's raw text."""
+        messages = self._inference.call(lambda talk: talk.session.messages)
+        answers = [message.content for message in messages if message.role == "assistant"]
+        if not answers:
+            raise OptionError("there is no answer to copy yet")
+        self._view.copy(answers[-1])
+        self._view.say(f"{len(answers[-1])} characters handed to the terminal's clipboard (OSC 52)")
+
+    def stats(self) -> None:
+        """Say what the last answer cost."""
+        stats, (held, shared) = self._inference.call(lambda talk: (talk.last, talk.agreement()))
+        if stats is None:
+            self._view.say("nothing was answered yet")
+        else:
+            rows = [
+                *(tuple(part.split(" ", 1)) for part in stats_parts(stats)),
+                ("reused", f"{stats.cached_tokens} tokens of the cache"),
+                ("time", f"{stats.elapsed_s:.2f} s"),
+                ("seed", str(stats.seed)),
+            ]
+            self._view.table(rows)
+        self._view.say(f"cache: {held} tokens, {shared} of them begin the history")
+
+    def show(self) -> None:
+        """Say what the model is and how it runs."""
+        from mlx_llama.loading import open_model_directory
+        from mlx_llama.options import LoadOptions
+        from mlx_llama_apps.show import model_rows
+
+        path = self._inference.call(lambda talk: talk.llama.path)
+        rows = model_rows(open_model_directory(path), LoadOptions(**self._settings.group("load")))
+        context, nbytes, chat_id = self._inference.call(
+            lambda talk: (talk.session.context, talk.session.cache.nbytes, talk.chat_id)
+        )
+        policy = "slides when full" if context.slides else "stops when full"
+        held = f"{context.capacity} tokens ({context.reason}), {policy}, cache {size(nbytes)}"
+        self._view.table([*rows, ("chat", chat_id or "not saved"), ("in use", held)])
+
+    def show_settings(self, name: str) -> None:
+        """List value, default and source of the settings."""
+        settings = [self._settings.find(key_named(name).name)] if name else self._settings.all()
+        rows = [("setting", "value", "default", "from")]
+        rows += [(s.key.name, _text(s.value), _text(s.key.default), s.source) for s in settings]
+        self._view.table(rows)
+        if name:
+            self._view.say(settings[0].key.help)
+
+    def set(self, name: str, value: str) -> None:
+        """Change a setting, and what depends on it."""
+        key = key_named(name)
+        if key.name == "plain" and value == "toggle":
+            value = "off" if self._settings.value("plain") else "on"
+        before = (dict(self._settings.typed), set(self._settings.reset))
+        setting = self._settings.set(key.name, value)
+        try:
+            if key.group == "chat":
+                self._view.is_plain = self._settings.value("plain")
+            else:
+                with StatusLine() as status:
+                    status.show("loading")
+                    self._inference.call(lambda talk: talk.apply(key.group, key.name))
+        except MlxLlamaError:
+            self._settings.typed, self._settings.reset = before
+            raise
+        self._view.say(f"{key.name} is {_text(setting.value)} ({setting.source})")
+
+    def system(self, text: str) -> None:
+        """Show or set the system prompt."""
+        if text:
+            self.set("system", text)
+        else:
+            setting = self._settings.find("system")
+            self._view.say(
+                "there is no system prompt"
+                if setting.value is None
+                else f"{setting.value}\n(from: {setting.source})"
+            )
+
+    def read_file(self, name: str) -> None:
+        """Put a text file before the next message; say how many tokens it has."""
+        if name == "none":
+            self._attached.clear()
+            self._view.say("no file goes with the next message")
+            return
+        path = Path(name).expanduser()
+        text = export.read_text(path, most_bytes=MAX_READ_BYTES)
+        n_tokens = self._inference.call(lambda talk: talk.count_tokens(text))
+        self._attached.append((path.name, text, n_tokens))
+        used, limit = self._talk.meter
+        more = "" if used + n_tokens < limit else f"; that is more than the {limit - used} left"
+        self._view.say(
+            f"{path.name}: {n_tokens} tokens go with the next message{more}; /read none drops them"
+        )
+
+    # --- chats -----------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Begin a new chat."""
+        chat_id = self._inference.call(lambda talk: talk.chat_id)
+        self._inference.call(lambda talk: talk.clear())
+        kept = f"; the one before is kept as {chat_id}" if chat_id else ""
+        self._view.say(f"a new chat; system prompt and settings stay{kept}")
+
+    def chats(self, argument: str) -> None:
+        """List the saved chats, open or delete one."""
+        if self._folders.chats is None:
+            raise OptionError("/chats: this chat was begun with --no-save")
+        if not argument:
+            self._list_chats(self._folders.chats)
+            return
+        word, _, rest = argument.partition(" ")
+        if word != "delete":
+            self.resume(self._chat_named(argument))
+            return
+        chat = self._chat_named(rest.strip())
+        if chat.id == self._inference.call(lambda talk: talk.chat_id):
+            raise ChatError(f"chat {chat.id} is the one that is open; /clear begins another")
+        if store.is_open(chat):
+            raise ChatError(f"chat {chat.id} is open in another window")
+        title = _first_line(chat.title)
+        if self._reader.choose(f"Delete {chat.id}, {title}? y/N").lower() in ("y", "yes"):
+            chat.path.unlink()
+            store.cache_file(self._folders.caches, chat.id).unlink(missing_ok=True)
+            self._view.say(f"{chat.id} is deleted")
+
+    def _list_chats(self, folder: Path) -> None:
+        self._listed = store.saved_chats(folder)
+        if not self._listed:
+            self._view.say("no chat is saved yet")
+            return
+        rows = []
+        for number, chat in enumerate(self._listed, 1):
+            cache = store.cache_file(self._folders.caches, chat.id)
+            kept = f" + cache {size(cache.stat().st_size)}" if cache.is_file() else ""
+            turns = "1 turn" if chat.n_turns == 1 else f"{chat.n_turns} turns"
+            about = f"{turns}, {size(chat.nbytes)}{kept}"
+            rows.append((str(number), chat.id, about, _first_line(chat.title)))
+        self._view.table(rows)
+        self._view.say("/chats NUMBER opens one, /chats delete NUMBER removes it")
+
+    def _chat_named(self, name: str) -> SavedChat:
+        assert self._folders.chats is not None
+        if name.isdecimal() and 1 <= int(name) <= len(self._listed):
+            return store.read_chat(self._listed[int(name) - 1].path)
+        return store.find_chat(self._folders.chats, name)
+
+    def resume(self, chat: SavedChat) -> None:
+        """Take up a saved chat and show where it ended."""
+        with StatusLine() as status:
+            status.show("restoring the cache")
+            how = self._inference.call(lambda talk: talk.resume(chat))
+        self.show_resumed(chat, how)
+
+    def show_resumed(self, chat: SavedChat, how: str) -> None:
+        """Say how a chat was taken up, and show where it ended."""
+        damaged = f"; {chat.n_damaged} damaged lines were left out" if chat.n_damaged else ""
+        self._view.say(f"{chat.id}, {len(chat.messages)} messages: {how}{damaged}")
+        for message in chat.messages[-2:]:
+            if message.role != "system":
+                self._view.show_message(message.role, message.content)
+        if chat.messages and chat.messages[-1].is_cut:
+            self._view.say("the last answer was cut; /continue goes on")
+
+    def save(self, name: str) -> None:
+        """Write the chat to a file."""
+        path = Path(name).expanduser()
+        messages, model = self._inference.call(
+            lambda talk: (talk.session.messages, talk.llama.path.name)
+        )
+        if path.exists():
+            answer = self._reader.choose(f"{path} exists. Replace it? y/N")
+            if answer.lower() not in ("y", "yes"):
+                return
+        seed = self._inference.call(lambda talk: talk.seed)
+        fingerprint = self._inference.call(lambda talk: dict(talk.llama.fingerprint))
+        content = export.render(
+            path,
+            messages,
+            model=model,
+            settings=self._settings.explicit(),
+            seed=seed,
+            fingerprint=fingerprint,
+        )
+        export.write_private(path, content)
+        self._view.say(f"{len(messages)} messages written to {path}")
+
+    def load(self, name: str) -> None:
+        """Take up a chat from a file, as a new chat."""
+        chat = export.load(Path(name).expanduser())
+        wanted = Settings(of_chat=chat.settings)  # refused as a whole when a value cannot be
+        how = self._inference.call(lambda talk: talk.resume(chat, is_saved=False))
+        self._settings.of_chat |= wanted.of_chat
+        self.show_resumed(chat, how)
+
+
+def _first_line(text: str) -> str:
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    return line if len(line) <= 60 else line[:59] + "…"
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "-" if value in ([], {}) else str(value)

@@ -1,0 +1,196 @@
+"""Reads what the user types: the line editor with its keys, history and completion.
+
+Owns the keyboard; the toolbar's text is given to it. Knows no model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import termios
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
+from prompt_toolkit.filters import has_focus
+from prompt_toolkit.history import FileHistory, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
+from prompt_toolkit.output import ColorDepth
+from prompt_toolkit.shortcuts import CompleteStyle
+from prompt_toolkit.styles import Style
+
+PROMPT = "> "
+QUOTES = '"""'
+LEAVE_HINT = "Ctrl-C again or Ctrl-D leaves"
+DRAFT_HINT = "the draft is kept; Ctrl-C again drops it (Up brings it back)"
+
+Complete = Callable[[str], Iterable[tuple[str, int]]]  # text before the cursor → (text, start)
+
+
+class History(FileHistory):
+    """What was typed, on disk for its owner alone; a text of several lines is one entry.
+
+    What begins with a space is not kept. A disk that refuses is passed over.
+    """
+
+    def load_history_strings(self) -> Iterable[str]:
+        """Return the entries, the newest first."""
+        try:
+            return list(super().load_history_strings())
+        except (OSError, ValueError):
+            return []
+
+    def store_string(self, string: str) -> None:
+        """Keep an entry."""
+        if string.startswith(" ") or not string.strip():
+            return
+        lines = "".join(f"+{line}\n" for line in string.split("\n"))
+        with contextlib.suppress(OSError):
+            path = Path(os.fsdecode(self.filename))
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            try:
+                # One write, so that two programs do not write into each other's entries.
+                os.write(descriptor, f"\n# typed\n{lines}".encode("utf-8", "replace"))
+            finally:
+                os.close(descriptor)
+
+
+class _Completer(Completer):
+    def __init__(self, complete: Complete) -> None:
+        self._complete = complete
+
+    def get_completions(
+        self, document: Document, complete_event: CompleteEvent
+    ) -> Iterable[Completion]:
+        for text, start in self._complete(document.text_before_cursor):
+            yield Completion(text, start_position=start)
+
+
+def is_open(text: str) -> bool:
+    """Whether a text goes on with the next line: a trailing backslash, or quotes without an end."""
+    return text.endswith("\\") or (
+        text.lstrip().startswith(QUOTES)
+        and (text.count(QUOTES) < 2 or not text.rstrip().endswith(QUOTES))
+    )
+
+
+def unquoted(text: str) -> str:
+    """Return the text between the quotes that stand round a message."""
+    bare = text.strip()
+    if len(bare) >= 2 * len(QUOTES) and bare.startswith(QUOTES) and bare.endswith(QUOTES):
+        return bare[len(QUOTES) : -len(QUOTES)].strip("\n")
+    return text
+
+
+class Reader:
+    """A line editor; a message may have many lines."""
+
+    def __init__(self, history: Path, *, complete: Complete, toolbar: Callable[[], str]) -> None:
+        self._toolbar = toolbar
+        self._hint = ""
+        self._is_armed = False  # the next Ctrl-C leaves, or drops the draft
+        depth = ColorDepth.DEPTH_1_BIT if os.environ.get("NO_COLOR") else None
+        self._session: PromptSession[str] = PromptSession(
+            history=History(str(history)),
+            multiline=True,
+            prompt_continuation="  ",
+            key_bindings=self._keys(),
+            completer=_Completer(complete),
+            complete_while_typing=False,
+            complete_style=CompleteStyle.READLINE_LIKE,
+            reserve_space_for_menu=0,
+            enable_open_in_editor=True,
+            tempfile_suffix=".md",
+            bottom_toolbar=self._toolbar_text,
+            style=Style.from_dict({"bottom-toolbar": "noreverse"}),
+            color_depth=depth,
+        )
+        self._session.default_buffer.on_text_changed += lambda _: self._disarm()
+
+    def read(self, draft: str = "") -> str | None:
+        """Read a message; None at the end of input. KeyboardInterrupt when Ctrl-C leaves."""
+        self._disarm()
+        try:
+            return unquoted(self._session.prompt(PROMPT, default=draft))
+        except EOFError:
+            return None
+
+    def choose(self, question: str) -> str:
+        """Ask a short question; an empty answer for Ctrl-C and the end of input."""
+        session: PromptSession[str] = PromptSession(history=InMemoryHistory())
+        try:
+            return session.prompt(question + " ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return ""
+
+    def _toolbar_text(self) -> str:
+        width = get_app().output.get_size().columns
+        return (self._hint or self._toolbar())[: max(1, width - 1)]
+
+    def _disarm(self) -> None:
+        self._hint, self._is_armed = "", False
+
+    def _keys(self) -> KeyBindings:
+        keys = KeyBindings()
+
+        @keys.add("enter", filter=has_focus("DEFAULT_BUFFER"))
+        def _(event: KeyPressEvent) -> None:
+            buffer = event.current_buffer
+            self._disarm()
+            if buffer.document.is_cursor_at_the_end and buffer.text.endswith("\\"):
+                buffer.delete_before_cursor()
+                buffer.insert_text("\n")
+            elif is_open(buffer.text):
+                buffer.insert_text("\n")
+            else:
+                buffer.validate_and_handle()
+
+        @keys.add("escape", "enter", filter=has_focus("DEFAULT_BUFFER"))
+        def _(event: KeyPressEvent) -> None:
+            event.current_buffer.insert_text("\n")
+
+        @keys.add("c-c", filter=has_focus("DEFAULT_BUFFER"))
+        @keys.add(Keys.SIGINT)
+        def _(event: KeyPressEvent) -> None:
+            self._interrupted(event)
+
+        return keys
+
+    def _interrupted(self, event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if not self._is_armed:
+            self._is_armed = True
+            self._hint = DRAFT_HINT if buffer.text else LEAVE_HINT
+        elif buffer.text:
+            self._session.history.append_string(" " + buffer.text)  # with a space: not on disk
+            buffer.reset()
+            self._disarm()
+        else:
+            event.app.exit(exception=KeyboardInterrupt)
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Do not echo what is typed while an answer streams; it waits for the next prompt.
+
+    Without NOFLSH the terminal would drop it with Ctrl-C.
+    """
+    try:
+        descriptor = sys.stdin.fileno()
+        before = termios.tcgetattr(descriptor)
+    except (OSError, ValueError, termios.error):
+        yield
+        return
+    quiet = termios.tcgetattr(descriptor)
+    quiet[3] = (quiet[3] & ~termios.ECHO) | termios.NOFLSH
+    termios.tcsetattr(descriptor, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSANOW, before)

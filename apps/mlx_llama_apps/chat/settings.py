@@ -1,0 +1,277 @@
+"""What a chat goes by, and where each value came from: the key is the flag's name.
+
+Owns the order of the sources and the configuration file; a value is checked where the options are
+defined. Knows no model but what it recommends.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from mlx_llama.errors import OptionError
+from mlx_llama.options import ChatOptions, ContextOptions, GenerationOptions, LoadOptions
+from mlx_llama_apps.flags import biases
+
+GROUPS = {
+    "generation": GenerationOptions,
+    "context": ContextOptions,
+    "load": LoadOptions,
+    "chat": ChatOptions,
+}
+TEXT_KEYS = {
+    "system": "the system prompt",
+    "date": 'date for the system block of Llama 3.1 and later, such as "26 Jul 2024"',
+}
+ON_FULL = ("ask", "stop", "slide")
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One setting. group: which options it belongs to; "text" for those that are not among them."""
+
+    name: str
+    group: str
+    help: str
+    kind: Any
+    default: Any
+    choices: tuple[Any, ...] = ()
+
+
+def _keys() -> dict[str, Key]:
+    found = {name: Key(name, "text", help, str | None, None) for name, help in TEXT_KEYS.items()}
+    for group, options in GROUPS.items():
+        hints = get_type_hints(options)
+        for spec in fields(options):
+            if not spec.metadata.get("python_only"):
+                found[spec.name] = Key(
+                    spec.name,
+                    group,
+                    spec.metadata["help"],
+                    hints[spec.name],
+                    _default(spec),
+                    tuple(spec.metadata["choices"] or ()),
+                )
+    on_full = found["on_full"]
+    found["on_full"] = Key("on_full", "context", on_full.help, str, "ask", ON_FULL)
+    return found
+
+
+def _default(spec: Field[Any]) -> Any:
+    return spec.default_factory() if spec.default_factory is not MISSING else spec.default
+
+
+KEYS: Mapping[str, Key] = _keys()
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One line of `/set`. value is None where the program decides as its help says."""
+
+    key: Key
+    value: Any
+    source: str
+
+
+@dataclass(slots=True)
+class Settings:
+    """Values by source, the first source wins; `recommended` is what the model directory says."""
+
+    flags: dict[str, Any] = field(default_factory=dict)
+    preset: str | None = None
+    config: Config | None = None
+    asks_when_full: bool = True
+    typed: dict[str, Any] = field(default_factory=dict)
+    of_chat: dict[str, Any] = field(default_factory=dict)
+    recommended: dict[str, Any] = field(default_factory=dict)
+    reset: set[str] = field(default_factory=set)  # keys that /set brought back to their default
+
+    def __post_init__(self) -> None:
+        self._layers()  # a preset that does not exist is told now
+        self.check()
+
+    def _layers(self) -> list[tuple[str, Mapping[str, Any]]]:
+        layers: list[tuple[str, Mapping[str, Any]]] = [
+            ("/set", self.typed),
+            ("flag", self.flags),
+            ("chat", self.of_chat),
+        ]
+        config = self.config
+        if self.preset is not None:
+            presets = {} if config is None else config.presets
+            if self.preset not in presets:
+                known = ", ".join(presets) or "none"
+                where = "the configuration file" if config is None else config.path
+                raise OptionError(
+                    f"--preset {self.preset}: no such preset in {where}; there: {known}"
+                )
+            layers.append((f"preset {self.preset}", presets[self.preset]))
+        if config is not None:
+            layers.append((config.path.name, config.values))
+        layers.append(("generation_config.json", self.recommended))
+        return layers
+
+    def find(self, name: str) -> Setting:
+        """Return a setting with its value and where that came from."""
+        key = key_named(name)
+        if name not in self.reset or name in self.typed:
+            for source, values in self._layers():
+                if name in values:
+                    return Setting(key, values[name], source)
+        default = key.default
+        if name == "on_full" and not self.asks_when_full:
+            default = "stop"
+        return Setting(key, default, "default")
+
+    def all(self) -> list[Setting]:
+        """Return every setting, in the order of `/set`."""
+        return [self.find(name) for name in KEYS]
+
+    def value(self, name: str) -> Any:
+        """Return a setting's value."""
+        return self.find(name).value
+
+    def group(self, name: str) -> dict[str, Any]:
+        """Return keywords of a group's options: what differs from the default."""
+        found = {}
+        for key in KEYS.values():
+            setting = self.find(key.name)
+            is_set = setting.source not in ("default", "generation_config.json")
+            if key.group == name and is_set and setting.value is not None:
+                found[key.name] = setting.value
+        if name == "context" and self.value("on_full") == "ask":
+            found["on_full"] = "stop"  # the chat asks when an answer has ended there
+        return found
+
+    def explicit(self) -> dict[str, Any]:
+        """Return what is kept with a chat: what was set by flag, preset, file or /set."""
+        settings = [self.find(name) for name in KEYS if KEYS[name].group != "load"]
+        return {
+            s.key.name: s.value
+            for s in settings
+            if s.source not in ("default", "generation_config.json", "config.toml")
+            and s.key.group != "chat"
+        }
+
+    def check(self) -> None:
+        """Raise OptionError for a value that cannot be."""
+        on_full = self.value("on_full")
+        if on_full == "ask" and not self.asks_when_full:
+            raise OptionError(
+                "--on-full ask: there is no terminal to ask at; take --on-full stop or slide"
+            )
+        if on_full not in ON_FULL:
+            raise OptionError(f"--on-full: found {on_full!r}, expected one of {', '.join(ON_FULL)}")
+        for name, options in GROUPS.items():
+            options(**self.group(name))
+        for name in TEXT_KEYS:
+            if not isinstance(self.value(name), str | None):
+                raise OptionError(f"--{name}: found {self.value(name)!r}, expected a text")
+
+    def set(self, name: str, text: str) -> Setting:
+        """Take a value as it was typed; "default" brings the default back.
+
+        Raises OptionError, and changes nothing, for one that cannot be.
+        """
+        key = key_named(name)
+        before, was_reset = dict(self.typed), set(self.reset)
+        if text == "default":
+            self.typed.pop(name, None)
+            self.reset.add(name)
+        else:
+            self.typed[name] = parse_value(key, text)
+        try:
+            self.check()
+        except OptionError:
+            self.typed, self.reset = before, was_reset
+            raise
+        return self.find(name)
+
+
+def key_named(name: str) -> Key:
+    """Return a key; hyphens are underscores. OptionError, with the nearest, for another name."""
+    plain = name.lstrip("-").replace("-", "_")
+    if plain in KEYS:
+        return KEYS[plain]
+    near = difflib.get_close_matches(plain, KEYS, n=1)
+    raise OptionError(
+        f"{name!r:.40} is no setting; " + (f"did you mean {near[0]}?" if near else "/set lists all")
+    )
+
+
+def parse_value(key: Key, text: str) -> Any:
+    """Read what was typed for a key."""
+    arms = get_args(key.kind) or (key.kind,)
+    if key.kind == dict[str, float]:
+        return biases([text])
+    if key.kind == list[str]:
+        return _texts(text)
+    if bool in arms:
+        if text.lower() in ("on", "true", "yes", "1"):
+            return True
+        if text.lower() in ("off", "false", "no", "0"):
+            return False
+        raise OptionError(f"--{key.name}: found {text!r:.40}, expected on or off")
+    for kind in (int, float):
+        if kind in arms:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    if str in arms:
+        return text
+    raise OptionError(f"--{key.name.replace('_', '-')}: found {text!r:.40}, expected a number")
+
+
+def _texts(text: str) -> list[str]:
+    """Read a list of texts as JSON, or one text as it stands."""
+    if text.startswith(("[", '"')):
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise OptionError(f"--stop: {text!r:.40} is no JSON: {error}") from error
+        return found if isinstance(found, list) else [found]
+    return [text]
+
+
+# --- the configuration file ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What config.toml says: defaults, and presets by name."""
+
+    path: Path
+    values: Mapping[str, Any]
+    presets: Mapping[str, Mapping[str, Any]]
+
+
+def read_config(path: Path) -> Config | None:
+    """Read the configuration file; None where there is none. OptionError for what it cannot say."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{path}: cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise OptionError(f"{path}: no TOML: {error}") from error
+    presets = raw.pop("presets", {})
+    if not isinstance(presets, dict) or any(not isinstance(p, dict) for p in presets.values()):
+        raise OptionError(f"{path}: presets: expected a table for each, such as [presets.coder]")
+    for where, values in ((str(path), raw), *((f"{path}: {n}", v) for n, v in presets.items())):
+        for name in values:
+            if name not in KEYS:
+                near = difflib.get_close_matches(name, KEYS, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise OptionError(f"{where}: {name!r:.40} is no setting{hint}")
+        try:
+            Settings(flags=dict(values))
+        except OptionError as error:
+            raise OptionError(f"{where}: {error}") from error
+    return Config(path, raw, presets)
