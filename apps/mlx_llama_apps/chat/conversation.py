@@ -19,7 +19,7 @@ from mlx_llama.errors import ContextOverflowError, MlxLlamaError, OptionError
 from mlx_llama_apps import paths
 from mlx_llama_apps.chat import export, store
 from mlx_llama_apps.chat.commands import complete, parse
-from mlx_llama_apps.chat.reader import Reader, hushed
+from mlx_llama_apps.chat.reader import Reader
 from mlx_llama_apps.chat.settings import Settings, key_named
 from mlx_llama_apps.chat.store import ChatError, SavedChat
 from mlx_llama_apps.chat.talk import Folders, Talk
@@ -174,7 +174,7 @@ class Conversation:
 
     def _stream(self, answering: Answering, begun: str) -> str | None:
         reason, stats, is_shown = None, None, False
-        with hushed(), StatusLine() as status:
+        with self._reader.hushed(self._inference.interrupt), StatusLine() as status:
             on_prefill = prefill_progress(status)
             steps = self._inference.stream(lambda talk, cancel: answering(talk, cancel, on_prefill))
             try:
@@ -197,10 +197,11 @@ class Conversation:
         if self._settings.value("on_full") != "ask":
             self._draft = draft
             return
-        choice = self._reader.choose(
-            "The context is full. s: drop the oldest turns as needed and go on · n: begin a new "
-            "chat · Enter: stay"
-        ).lower()
+        self._view.say(
+            "The context is full. s drops the oldest turns as needed and goes on, n begins a new "
+            "chat, Enter leaves it as it is."
+        )
+        choice = self._reader.choose("s, n or Enter?").lower()
         if choice in ("s", "slide"):
             self.set("on_full", "slide")
             go_on()

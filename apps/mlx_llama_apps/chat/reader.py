@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import sys
 import termios
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.application import get_app
+from prompt_toolkit.application import get_app, run_in_terminal
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import has_focus
 from prompt_toolkit.history import FileHistory, InMemoryHistory
+from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
+from prompt_toolkit.input.vt100_parser import Vt100Parser
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import ColorDepth
@@ -105,7 +108,6 @@ class Reader:
             complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,
             reserve_space_for_menu=0,
-            enable_open_in_editor=True,
             tempfile_suffix=".md",
             bottom_toolbar=self._toolbar_text,
             style=Style.from_dict({"bottom-toolbar": "noreverse"}),
@@ -155,6 +157,10 @@ class Reader:
         def _(event: KeyPressEvent) -> None:
             event.current_buffer.insert_text("\n")
 
+        @keys.add("c-x", "c-e", filter=has_focus("DEFAULT_BUFFER"))
+        def _(event: KeyPressEvent) -> None:
+            event.current_buffer.open_in_editor()  # back as a draft, which Enter sends
+
         @keys.add("c-c", filter=has_focus("DEFAULT_BUFFER"))
         @keys.add(Keys.SIGINT)
         def _(event: KeyPressEvent) -> None:
@@ -167,6 +173,8 @@ class Reader:
         if not self._is_armed:
             self._is_armed = True
             self._hint = DRAFT_HINT if buffer.text else LEAVE_HINT
+            if not event.app.renderer.height_is_known:  # so there is no toolbar
+                run_in_terminal(lambda: print(self._hint))
         elif buffer.text:
             self._session.history.append_string(" " + buffer.text)  # with a space: not on disk
             buffer.reset()
@@ -174,23 +182,36 @@ class Reader:
         else:
             event.app.exit(exception=KeyboardInterrupt)
 
+    @contextlib.contextmanager
+    def hushed(self, on_interrupt: Callable[[], None]) -> Iterator[None]:
+        """Do not echo what is typed while an answer streams; it waits for the next prompt.
 
-@contextlib.contextmanager
-def hushed() -> Iterator[None]:
-    """Do not echo what is typed while an answer streams; it waits for the next prompt.
+        on_interrupt: called when Ctrl-C was typed before the terminal made a signal of it.
+        """
+        try:
+            descriptor = sys.stdin.fileno()
+            before = termios.tcgetattr(descriptor)
+        except (OSError, ValueError, termios.error):
+            yield
+            return
+        quiet = termios.tcgetattr(descriptor)
+        # Without NOFLSH the terminal would drop it with Ctrl-C; with ICANON, keep it for a line.
+        quiet[3] = (quiet[3] & ~(termios.ECHO | termios.ICANON)) | termios.NOFLSH
+        termios.tcsetattr(descriptor, termios.TCSANOW, quiet)
+        try:
+            if self._took_interrupt(descriptor):
+                on_interrupt()
+            yield
+        finally:
+            termios.tcsetattr(descriptor, termios.TCSANOW, before)
 
-    Without NOFLSH the terminal would drop it with Ctrl-C.
-    """
-    try:
-        descriptor = sys.stdin.fileno()
-        before = termios.tcgetattr(descriptor)
-    except (OSError, ValueError, termios.error):
-        yield
-        return
-    quiet = termios.tcgetattr(descriptor)
-    quiet[3] = (quiet[3] & ~termios.ECHO) | termios.NOFLSH
-    termios.tcsetattr(descriptor, termios.TCSANOW, quiet)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(descriptor, termios.TCSANOW, before)
+    def _took_interrupt(self, descriptor: int) -> bool:
+        """Take Ctrl-C out of what was typed behind the last message; the rest waits."""
+        source = self._session.app.input
+        keys = list(get_typeahead(source))
+        if select.select([descriptor], [], [], 0)[0]:
+            parser = Vt100Parser(keys.append)
+            parser.feed_and_flush(os.read(descriptor, 1 << 16).decode("utf-8", "replace"))
+        rest = [key for key in keys if key.key != Keys.ControlC]
+        store_typeahead(source, rest)
+        return len(rest) < len(keys)

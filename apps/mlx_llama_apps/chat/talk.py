@@ -27,6 +27,8 @@ from mlx_llama_apps.terminal import size
 OnPrefill = Callable[[int, int], None]
 Load = Callable[[Mapping[str, Any]], Llama]
 
+LONGEST_PART = 200  # characters of an answer that are written even without a sentence's end
+
 _SENTENCE_END = re.compile(r"[.!?…。！？][\"')\]]*\s|\n")
 
 
@@ -119,16 +121,17 @@ class Talk:
                 if step.stats is not None:
                     self.last, self.seed = step.stats, step.stats.seed
                 self._measure()
-                if self._file is not None and _SENTENCE_END.search(text):
+                is_due = len(text) >= LONGEST_PART or _SENTENCE_END.search(text)
+                if self._file is not None and is_due:
                     self._file.part(text, ids if are_ids_known else None)
                     text, ids = "", []
                 yield step
         finally:
             self._measure()
-            self._sync(self.session.messages)
-            if self.last is not None and is_begun:
+            if is_begun:
                 self._ends[len(self.session.messages)] = len(self.session.tokens)
             self._tell_forgotten()
+            self._sync(self.session.messages)
 
     def _sync(self, messages: list[Message]) -> None:
         if self._file is not None:
