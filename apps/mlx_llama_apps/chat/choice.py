@@ -11,7 +11,7 @@ from mlx_llama_apps.terminal import visible
 
 
 def models_at_hand() -> list[tuple[Path, str]]:
-    """Return model directories, each with what is shown: the models folder, then the hub's cache."""
+    """Return model directories with what is shown of each: the models folder, the hub's cache."""
     from mlx_llama_convert.hub import cached_models
 
     found = [(path, path.name) for path in paths.models_at_hand()]

@@ -145,10 +145,10 @@ def _begin(
 def _converse(path: Path, settings: Settings, folders: Folders, saved: SavedChat | None) -> None:
     from mlx_llama_apps.inference import Inference
 
-    with StatusLine() as status:
-        with Inference(_begin(path, settings, folders, saved, status)) as inference:
-            status.close()
-            _talk_at_terminal(inference, settings, folders, saved)
+    status = StatusLine()
+    with status, Inference(_begin(path, settings, folders, saved, status)) as inference:
+        status.close()
+        _talk_at_terminal(inference, settings, folders, saved)
 
 
 def _talk_at_terminal(
@@ -190,28 +190,29 @@ def _answer_pipe(path: Path, settings: Settings, folders: Folders, saved: SavedC
     if not text:
         return
     view = View(is_plain=settings.value("plain"))
-    with StatusLine() as status:
-        with Inference(_begin(path, settings, folders, saved, status)) as inference:
-            on_prefill = prefill_progress(status)
+    status = StatusLine()
+    with status, Inference(_begin(path, settings, folders, saved, status)) as inference:
+        on_prefill = prefill_progress(status)
 
-            def ask(talk: Talk, cancel: threading.Event) -> Iterator[Step]:
-                return talk.ask(text, cancel, on_prefill)
+        def ask(talk: Talk, cancel: threading.Event) -> Iterator[Step]:
+            return talk.ask(text, cancel, on_prefill)
 
-            view.begin_answer()
-            reason = None
-            try:
-                for step in inference.stream(ask):
+        reason = None
+        try:
+            for number, step in enumerate(inference.stream(ask)):
+                if number == 0:
                     status.close()
-                    view.write(step.text)
-                    reason = step.finish_reason
-            finally:
-                view.end_answer(None, None)
-            talk = inference.call(lambda talk: talk)
-            inference.call(lambda talk: talk.close())
-            while not talk.notices.empty():
-                remark(talk.notices.get())
-            if reason == "context":
-                remark("the answer ended where the context is full; --on-full slide would go on")
+                    view.begin_answer()
+                view.write(step.text)
+                reason = step.finish_reason
+        finally:
+            view.end_answer(None, None)
+        talk = inference.call(lambda talk: talk)
+        inference.call(lambda talk: talk.close())
+        while not talk.notices.empty():
+            remark(talk.notices.get())
+        if reason == "context":
+            remark("the answer ended where the context is full; --on-full slide would go on")
 
 
 def with_optional_values(tokens: list[str]) -> list[str]:

@@ -119,6 +119,7 @@ class Settings:
     def find(self, name: str) -> Setting:
         """Return a setting with its value and where that came from."""
         key = key_named(name)
+        name = key.name
         if name not in self.reset or name in self.typed:
             for source, values in self._layers():
                 if name in values:
@@ -179,6 +180,7 @@ class Settings:
         Raises OptionError, and changes nothing, for one that cannot be.
         """
         key = key_named(name)
+        name = key.name
         before, was_reset = dict(self.typed), set(self.reset)
         if text == "default":
             self.typed.pop(name, None)

@@ -114,8 +114,7 @@ def read_chat(path: Path) -> SavedChat:
             chat.n_damaged += 1
     if data and not data.endswith(b"\n") and chat.n_damaged:
         chat.n_damaged -= 1  # the line that was being written
-    if parts:  # the program ended in mid-answer
-        chat.messages.append(_joined(parts))
+    _end_parts(chat, parts)
     return chat
 
 
@@ -128,7 +127,10 @@ def _take(chat: SavedChat, record: dict[str, Any], parts: list[Mapping[str, Any]
             chat.fingerprint = _texts(record.get("fingerprint"))
             chat.settings = dict(_object(record.get("settings")))
         case "message":
-            chat.messages.append(as_message(record))
+            message = as_message(record)
+            if message.role != "assistant":
+                _end_parts(chat, parts)
+            chat.messages.append(message)
             if type(record.get("seed")) is int:
                 chat.seed = record["seed"]
             parts.clear()
@@ -138,12 +140,22 @@ def _take(chat: SavedChat, record: dict[str, Any], parts: list[Mapping[str, Any]
         case "keep":
             if type(record["n"]) is not int or record["n"] < 0:
                 raise ValueError("no number of messages")
+            _end_parts(chat, parts)
             del chat.messages[record["n"] :]
-            parts.clear()
+        case "model":
+            chat.model = str(record.get("model", ""))
+            chat.fingerprint = _texts(record.get("fingerprint"))
         case "settings":
             chat.settings = dict(_object(record.get("settings")))
         case _:
             raise ValueError("no record of a chat")
+
+
+def _end_parts(chat: SavedChat, parts: list[Mapping[str, Any]]) -> None:
+    """Take up an answer in whose middle the program ended."""
+    if parts:
+        chat.messages.append(_joined(parts))
+        parts.clear()
 
 
 def _object(value: object) -> Mapping[str, Any]:
@@ -240,7 +252,14 @@ class ChatFile:
 
     def settings(self, values: Mapping[str, Any]) -> None:
         """Write settings that have changed."""
-        record = {"type": "settings", "settings": dict(values)}
+        self._note({"type": "settings", "settings": dict(values)})
+
+    def model(self, path: Path, fingerprint: Mapping[str, str]) -> None:
+        """Write that another model goes on; token ids before are no longer good."""
+        record = {"type": "model", "model": str(path), "fingerprint": dict(fingerprint)}
+        self._note(record)
+
+    def _note(self, record: dict[str, Any]) -> None:
         if self._fd is None:
             self._pending.append(record)
         else:

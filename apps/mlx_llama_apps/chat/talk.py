@@ -312,19 +312,14 @@ class Talk:
         self.session.messages = list(messages)
         self._forget_counts()
         self.seed = chat.seed
-        if file is None and not is_saved:
-            self._begin_file()
-            self._sync(self.session.messages)
-        else:
+        if is_saved:
             self._file = file
-            if messages != chat.messages and not is_same:
-                pass  # the file keeps its ids: the model may come back
-            self._sync_known(chat.messages, messages, is_same)
+            if file is not None and not is_same:
+                file.model(self.llama.path.absolute(), self.llama.fingerprint)
+        else:
+            self._begin_file()
+        self._sync(self.session.messages)
         return self._restore_cache(chat, is_same)
-
-    def _sync_known(self, saved: list[Message], messages: list[Message], is_same: bool) -> None:
-        if self._file is not None and is_same and saved != messages:
-            self._file.sync(messages)
 
     def _restore_cache(self, chat: SavedChat, is_same: bool) -> str:
         if not is_same:

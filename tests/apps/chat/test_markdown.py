@@ -1,0 +1,138 @@
+"""Markdown as it streams: what is shown never depends on how the text was cut into pieces."""
+
+from __future__ import annotations
+
+import io
+import random
+
+import pyte
+import pytest
+from rich.console import Console
+
+from mlx_llama_apps.chat import view as view_module
+from mlx_llama_apps.chat.blocks import BlockReader, Kind
+from mlx_llama_apps.chat.view import View, rows_taken
+
+TEXT = """# A title
+
+Some *words* and `code`, long enough that they go on over the end of the row, and 日本語 too: \
+日本語日本語日本語日本語日本語日本語.
+
+1. first
+2. second **bold**
+   - nested
+
+   goes on
+10. tenth
+
+```python
+def f(x):
+    return "long string" + str(x)  # comment
+
+```
+
+| a | b |
+|---|---|
+| 1 | 日本 |
+
+> quoted
+> twice
+
+<div>kept</div> [1]: http://kept
+***
+end 🙂
+"""
+
+
+def drawn(text: str, pieces: list[str], columns: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the screen's lines after an answer that came in pieces."""
+    monkeypatch.setattr(view_module, "_terminal_size", lambda: (columns, 24))
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=columns, color_system="truecolor")
+    shown = View(console)
+    shown.is_terminal = True
+    shown.begin_answer()
+    for piece in pieces:
+        shown.write(piece)
+    shown.end_answer(None, None)
+    screen = pyte.HistoryScreen(columns, 24, history=1000)
+    screen.set_mode(pyte.modes.LNM)
+    pyte.Stream(screen).feed(out.getvalue())
+    above = ["".join(line[x].data for x in range(columns)) for line in screen.history.top]
+    return [line.rstrip() for line in [*above, *screen.display]]
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80])
+def test_screen_is_the_same_however_the_text_came(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    whole = drawn(TEXT, [TEXT], columns, monkeypatch)
+    dice = random.Random(1)
+    for _ in range(3):
+        pieces, rest = [], TEXT
+        while rest:
+            size = dice.choice([1, 2, 3, 7])
+            pieces.append(rest[:size])
+            rest = rest[size:]
+        assert drawn(TEXT, pieces, columns, monkeypatch) == whole
+    flat = " ".join(" ".join(whole).split())
+    for kept in ("A title", "first", "nested", "goes on", "tenth", "def f(x):", "日本", "quoted"):
+        assert kept in flat
+    assert "<div>kept</div>" in flat.replace(" ", "") or "<div>kept</div>" in flat
+    assert "**" not in flat.replace("***", "")
+
+
+def test_blocks_are_finished_as_soon_as_they_cannot_change() -> None:
+    reader = BlockReader()
+    assert reader.feed("a para") == []
+    assert reader.tail == "a para"
+    assert [b.raw for b in reader.feed("graph\n\n")] == ["a paragraph", ""]
+    assert reader.feed("- one") == []
+    assert [b.raw for b in reader.feed("\n- two")] == []
+    assert [b.raw for b in reader.feed("\n")] == ["- one"]
+    assert [b.kind for b in reader.feed("```py\nx = 1\n")] == [Kind.TEXT, Kind.FENCE, Kind.CODE]
+    assert reader.is_code
+    assert [b.kind for b in reader.feed("```\n")] == [Kind.FENCE]
+    assert [b.raw for b in reader.feed("Head\n---\n\n")] == ["Head\n---", ""]
+    reader.feed("end")
+    assert [b.raw for b in reader.finish()] == ["end"]
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "rows"),
+    [
+        ("", 10, 1),
+        ("0123456789", 10, 1),
+        ("0123456789a", 10, 2),
+        ("a\nb", 10, 2),
+        ("日本語日本", 10, 1),
+        ("a日本語日本", 10, 2),
+        ("012345678日", 10, 2),
+    ],
+)
+def test_rows_of_a_text(text: str, columns: int, rows: int) -> None:
+    assert rows_taken(text, columns) == rows
+
+
+def test_resize_in_mid_block_leaves_what_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = [40, 24]
+    monkeypatch.setattr(view_module, "_terminal_size", lambda: tuple(size))
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=40)
+    shown = View(console)
+    shown.is_terminal = True
+    shown.begin_answer()
+    shown.write("a *first* ")
+    size[0] = 60
+    shown.write("part\n\n*second*\n\n")
+    shown.end_answer(None, None)
+    text = out.getvalue()
+    assert "a *first* part\n" in text
+    assert "*second*\n" not in text  # replaced again
+
+
+def test_control_characters_of_a_model_reach_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = drawn("", ["a\x1b]0;title\x07b `\x1b[31m` \n\n\x9b1m```\n\x1b[2J\n"], 80, monkeypatch)
+    assert "\ufffd" in lines[0]
+    assert lines[0].startswith("a\ufffd]0;title\ufffdb")
