@@ -24,6 +24,7 @@ def test_commands_page_is_the_help() -> None:
     "document",
     [
         "README.md",
+        "docs/chat.md",
         "docs/downloads.md",
         "docs/model-directory.md",
         "docs/python.md",
@@ -63,3 +64,10 @@ def test_examples_run(
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out.strip()
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 40
+
+
+def test_chat_page_names_every_command() -> None:
+    from mlx_llama_apps.chat.commands import COMMANDS as CHAT_COMMANDS
+
+    text = (ROOT / "docs" / "chat.md").read_text(encoding="utf-8")
+    assert [name for name in CHAT_COMMANDS if f"`/{name}" not in text] == []

@@ -315,7 +315,8 @@ class Conversation:
         except MlxLlamaError:
             self._settings.typed, self._settings.reset = before
             raise
-        self._view.say(f"{key.name} is {_text(setting.value)} ({setting.source})")
+        value = "not set" if _text(setting.value) == "-" else _text(setting.value)
+        self._view.say(f"{key.name} is {value} ({setting.source})")
 
     def system(self, text: str) -> None:
         """Show or set the system prompt."""

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from mlx_llama.errors import OptionError
-from mlx_llama.options import ChatOptions, ContextOptions, GenerationOptions, LoadOptions
+from mlx_llama.options import (
+    DEFAULT_TEMPERATURE,
+    DEFAULT_TOP_P,
+    ChatOptions,
+    ContextOptions,
+    GenerationOptions,
+    LoadOptions,
+)
 from mlx_llama_apps.flags import biases
 
 GROUPS = {
@@ -29,6 +36,14 @@ TEXT_KEYS = {
     "date": 'date for the system block of Llama 3.1 and later, such as "26 Jul 2024"',
 }
 ON_FULL = ("ask", "stop", "slide")
+# What is taken where neither the user nor the model directory says anything.
+LAST_DEFAULTS = {
+    "temperature": DEFAULT_TEMPERATURE,
+    "top_p": DEFAULT_TOP_P,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +78,8 @@ def _keys() -> dict[str, Key]:
 
 
 def _default(spec: Field[Any]) -> Any:
+    if spec.name in LAST_DEFAULTS:
+        return LAST_DEFAULTS[spec.name]
     return spec.default_factory() if spec.default_factory is not MISSING else spec.default
 
 

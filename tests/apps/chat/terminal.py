@@ -12,6 +12,7 @@ from pathlib import Path
 import pexpect
 import pyte
 
+PROMPT_BEGINS = "\x1b[?2004h"  # from here on the terminal marks what is pasted
 CODE = "from mlx_llama_apps.entry import run_main; run_main()"
 
 
@@ -103,10 +104,9 @@ class Terminal:
 
     def enter(self, text: str) -> None:
         """Type a line and wait for the next prompt."""
-        before = len(self.raw)
+        before = self.raw.count(PROMPT_BEGINS)
         self.child.send(text + "\r")
-        self.until(lambda: len(self.raw) > before and not self.has_prompt, "answer", 30)
-        self.prompt()
+        self.until(lambda: self.raw.count(PROMPT_BEGINS) > before and self.has_prompt, "prompt")
 
     def interrupt(self) -> None:
         self.child.send("\x03")
