@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mlx_llama import Llama, Step
 
 PATIENCE_S = 0.1
-GRACE_S = 0.06  # what an interrupted answer may take to end of itself
+GRACE_S = 0.04  # what an interrupted answer may take to end of itself
 
 T = TypeVar("T")
 S = TypeVar("S")

@@ -145,10 +145,16 @@ def _begin(
 def _converse(path: Path, settings: Settings, folders: Folders, saved: SavedChat | None) -> None:
     from mlx_llama_apps.inference import Inference
 
+    # The line editor and rich are imported while the weights are read.
+    threading.Thread(target=_import_screen, daemon=True).start()
     status = StatusLine()
     with status, Inference(_begin(path, settings, folders, saved, status)) as inference:
         status.close()
         _talk_at_terminal(inference, settings, folders, saved)
+
+
+def _import_screen() -> None:
+    import mlx_llama_apps.chat.conversation  # noqa: F401
 
 
 def _talk_at_terminal(

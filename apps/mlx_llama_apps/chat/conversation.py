@@ -426,14 +426,14 @@ class Conversation:
             if answer.lower() not in ("y", "yes"):
                 return
         seed = self._inference.call(lambda talk: talk.seed)
-        fingerprint = self._inference.call(lambda talk: dict(talk.llama.fingerprint))
+        tokenizer = self._inference.call(lambda talk: talk.tokenizer)
         content = export.render(
             path,
             messages,
             model=model,
             settings=self._settings.explicit(),
             seed=seed,
-            fingerprint=fingerprint,
+            tokenizer=tokenizer,
         )
         export.write_private(path, content)
         self._view.say(f"{len(messages)} messages written to {path}")

@@ -34,7 +34,7 @@ def render(
     model: str,
     settings: Mapping[str, Any],
     seed: int | None,
-    fingerprint: Mapping[str, str],
+    tokenizer: str,
 ) -> str:
     """Return the chat as the file's ending asks for; OptionError for another ending."""
     if path.suffix == ".md":
@@ -50,7 +50,7 @@ def render(
             "format": FORMAT,
             "version": 1,
             "model": model,
-            "fingerprint": dict(fingerprint),
+            "tokenizer": tokenizer,
             "settings": dict(settings),
             "seed": seed,
             "messages": [
@@ -88,8 +88,8 @@ def load(path: Path) -> SavedChat:
         if raw.get("format") != FORMAT or raw.get("version") != 1:
             raise ValueError("no chat of this program")
         messages = [as_message(record) for record in raw["messages"]]
-        settings, fingerprint = raw.get("settings", {}), raw.get("fingerprint", {})
-        if not isinstance(settings, dict) or not isinstance(fingerprint, dict):
+        settings = raw.get("settings", {})
+        if not isinstance(settings, dict):
             raise ValueError("settings are no object")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ChatError(f"{path}: not a chat that /save wrote: {error}") from error
@@ -97,7 +97,7 @@ def load(path: Path) -> SavedChat:
     return SavedChat(
         path,
         model=str(raw.get("model", "")),
-        fingerprint={str(k): str(v) for k, v in fingerprint.items()},
+        tokenizer=str(raw.get("tokenizer", "")),
         settings=settings,
         messages=messages,
         seed=seed if type(seed) is int else None,

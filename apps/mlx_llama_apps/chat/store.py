@@ -30,7 +30,7 @@ class ChatError(MlxLlamaError):
 
 @dataclass(slots=True)
 class SavedChat:
-    """A chat as it was read. fingerprint: of the model that its token ids belong to.
+    """A chat as it was read. tokenizer: the digest of the one that its token ids belong to.
 
     n_damaged: lines that were no record and are left out.
     """
@@ -38,7 +38,7 @@ class SavedChat:
     path: Path
     model: str = ""
     created: str = ""
-    fingerprint: Mapping[str, str] = field(default_factory=dict)
+    tokenizer: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     messages: list[Message] = field(default_factory=list)
     seed: int | None = None
@@ -124,7 +124,7 @@ def _take(chat: SavedChat, record: dict[str, Any], parts: list[Mapping[str, Any]
             if record.get("version") != VERSION:
                 raise ChatError(f"{chat.path}: version {record.get('version')!s:.20} of the format")
             chat.model, chat.created = str(record.get("model", "")), str(record.get("created", ""))
-            chat.fingerprint = _texts(record.get("fingerprint"))
+            chat.tokenizer = str(record.get("tokenizer", ""))
             chat.settings = dict(_object(record.get("settings")))
         case "message":
             message = as_message(record)
@@ -144,7 +144,7 @@ def _take(chat: SavedChat, record: dict[str, Any], parts: list[Mapping[str, Any]
             del chat.messages[record["n"] :]
         case "model":
             chat.model = str(record.get("model", ""))
-            chat.fingerprint = _texts(record.get("fingerprint"))
+            chat.tokenizer = str(record.get("tokenizer", ""))
         case "settings":
             chat.settings = dict(_object(record.get("settings")))
         case _:
@@ -160,10 +160,6 @@ def _end_parts(chat: SavedChat, parts: list[Mapping[str, Any]]) -> None:
 
 def _object(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _texts(value: object) -> dict[str, str]:
-    return {str(name): str(text) for name, text in _object(value).items()}
 
 
 def _joined(parts: Sequence[Mapping[str, Any]]) -> Message:
@@ -254,10 +250,9 @@ class ChatFile:
         """Write settings that have changed."""
         self._note({"type": "settings", "settings": dict(values)})
 
-    def model(self, path: Path, fingerprint: Mapping[str, str]) -> None:
-        """Write that another model goes on; token ids before are no longer good."""
-        record = {"type": "model", "model": str(path), "fingerprint": dict(fingerprint)}
-        self._note(record)
+    def model(self, path: Path, tokenizer: str) -> None:
+        """Write that another model goes on."""
+        self._note({"type": "model", "model": str(path), "tokenizer": tokenizer})
 
     def _note(self, record: dict[str, Any]) -> None:
         if self._fd is None:

@@ -6,6 +6,7 @@ by any thread.
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import re
 import threading
@@ -285,7 +286,7 @@ class Talk:
             "model": str(self.llama.path.absolute()),
             "kind": self.llama.kind.name,
             "created": _now(),
-            "fingerprint": dict(self.llama.fingerprint),
+            "tokenizer": self.tokenizer,
             "settings": self._settings.explicit(),
         }
         self._file = ChatFile.new(self._folders.chats, header=header, on_trouble=self.notices.put)
@@ -298,9 +299,8 @@ class Talk:
             file = ChatFile.resume(chat, self.notices.put)
         self.keep_cache()
         self._close()
-        is_same = dict(chat.fingerprint) == dict(self.llama.fingerprint)
         messages = chat.messages
-        if not is_same:
+        if chat.tokenizer != self.tokenizer:  # the ids would mean something else
             messages = [replace(m, token_ids=None) for m in messages]
         system = self._settings.find("system")
         if system.source in ("flag", "/set"):
@@ -314,16 +314,20 @@ class Talk:
         self.seed = chat.seed
         if is_saved:
             self._file = file
-            if file is not None and not is_same:
-                file.model(self.llama.path.absolute(), self.llama.fingerprint)
+            if file is not None and chat.model != str(self.llama.path.absolute()):
+                file.model(self.llama.path.absolute(), self.tokenizer)
         else:
             self._begin_file()
         self._sync(self.session.messages)
-        return self._restore_cache(chat, is_same)
+        return self._restore_cache(chat)
 
-    def _restore_cache(self, chat: SavedChat, is_same: bool) -> str:
-        if not is_same:
-            return "another model than it was said with: all of it is read anew"
+    @property
+    def tokenizer(self) -> str:
+        """A digest of what gives token ids their meaning."""
+        with self.llama.tokenizer.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+    def _restore_cache(self, chat: SavedChat) -> str:
         path = store.cache_file(self._folders.caches, chat.id)
         if not path.is_file():
             return "its cache was not kept: it is read anew"

@@ -26,7 +26,7 @@ TALK = [
     Message("user", "hello\nthere"),
     Message("assistant", "日本 🙂", (1, 2, 3)),
 ]
-HEADER = {"model": "/m", "created": "now", "fingerprint": {"weights": "a"}, "settings": {}}
+HEADER = {"model": "/m", "created": "now", "tokenizer": "a", "settings": {}}
 
 
 def begin(folder: Path, troubles: list[str] | None = None) -> ChatFile:
@@ -185,7 +185,7 @@ def test_oldest_caches_go_first(tmp_path: Path) -> None:
 
 
 def test_export_is_loaded_again(tmp_path: Path) -> None:
-    more = {"model": "m", "settings": {"seed": 3}, "seed": 5, "fingerprint": {"weights": "a"}}
+    more = {"model": "m", "settings": {"seed": 3}, "seed": 5, "tokenizer": "a"}
     path = tmp_path / "chat.json"
     export.write_private(path, export.render(path, TALK, **more))  # pyright: ignore
     found = export.load(path)
