@@ -31,7 +31,7 @@ REASONS = {
     "timeout": "ended after --timeout; /continue goes on",
     "stop": "ended at a stop text",
 }
-NARROW = 40  # columns under which tables become lines
+NARROW = 16  # columns of the screen for each of a table; with less its cells become lines
 
 
 class View:
@@ -57,14 +57,15 @@ class View:
     def table(self, rows: Sequence[Sequence[str]]) -> None:
         """Print rows in columns; under each other where there is no room beside."""
         rows = [[visible(cell) for cell in row] for row in rows]
-        if self.width < NARROW:
+        n_columns = max((len(row) for row in rows), default=0)
+        if self.width < NARROW * n_columns:
             for first, *rest in rows:
                 self._console.print(Text(first, style="bold"))
                 for cell in filter(None, rest):
                     self._console.print(Text(f"  {cell}"))
             return
         grid = Table.grid(padding=(0, 2))
-        for number in range(max((len(row) for row in rows), default=0)):
+        for number in range(n_columns):
             grid.add_column(no_wrap=number == 0, overflow="fold")
         for first, *rest in rows:
             grid.add_row(Text(first, style="bold"), *map(Text, rest))

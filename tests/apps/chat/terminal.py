@@ -104,9 +104,18 @@ class Terminal:
 
     def enter(self, text: str) -> None:
         """Type a line and wait for the next prompt."""
-        before = self.raw.count(PROMPT_BEGINS)
+        before = self.n_prompts
         self.child.send(text + "\r")
-        self.until(lambda: self.raw.count(PROMPT_BEGINS) > before and self.has_prompt, "prompt")
+        self.next_prompt(before)
+
+    @property
+    def n_prompts(self) -> int:
+        """How many prompts there were."""
+        return self.raw.count(PROMPT_BEGINS)
+
+    def next_prompt(self, before: int) -> float:
+        """Wait for an empty prompt behind so many."""
+        return self.until(lambda: self.n_prompts > before and self.has_prompt, "prompt")
 
     def interrupt(self) -> None:
         self.child.send("\x03")
