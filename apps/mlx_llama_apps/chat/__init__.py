@@ -2,7 +2,8 @@
 
 `talk` is the conversation on the inference thread, with `store`, its file; `commands` the table of
 what begins with a slash, with `settings`; `view` all that is drawn, with `blocks` and `markdown`;
-`reader` the keyboard. `conversation` joins them, `command` reads the flags.
+`reader` the keyboard. `conversation` joins them, with `shelf` for the saved chats; `command` reads
+the flags.
 """
 
 from mlx_llama_apps.chat.command import chat, with_optional_values

@@ -167,7 +167,7 @@ def _talk_at_terminal(
     conversation = Conversation(inference, view, settings, folders)
     view.say(inference.call(greeting))
     if saved is not None:
-        conversation.show_resumed(saved, inference.call(lambda talk: talk.resumed))
+        conversation.shelf.show_resumed(saved, inference.call(lambda talk: talk.resumed))
     conversation.run()
 
 

@@ -11,17 +11,18 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from mlx_llama.errors import ContextOverflowError, MlxLlamaError, OptionError
 from mlx_llama_apps import paths
-from mlx_llama_apps.chat import export, store
+from mlx_llama_apps.chat import export
 from mlx_llama_apps.chat.commands import complete, parse
 from mlx_llama_apps.chat.reader import Reader
 from mlx_llama_apps.chat.settings import Settings, key_named
-from mlx_llama_apps.chat.store import ChatError, SavedChat
+from mlx_llama_apps.chat.shelf import Shelf, first_line
 from mlx_llama_apps.chat.talk import Folders, Talk
 from mlx_llama_apps.chat.view import View, meter_text, stats_parts
 from mlx_llama_apps.inference import Inference
@@ -50,13 +51,13 @@ class Conversation:
         self._inference = inference
         self._view = view
         self._settings = settings
-        self._folders = folders
         self._talk = inference.call(lambda talk: talk)  # for what any thread may read
         self._reader = Reader(paths.history_file(), complete=complete, toolbar=self._toolbar)
+        self.shelf = Shelf(inference, view, self._reader, settings, folders)
         self._draft = ""  # offered with the next prompt
+        self._is_again = False  # the draft is a message that was stopped before its answer
         self._is_editing = False  # the next message takes the place of the last question
         self._attached: list[tuple[str, str, int]] = []  # name, text and tokens of files to send
-        self._listed: list[SavedChat] = []  # what /chats numbered
         self._is_leaving = False
 
     def run(self) -> None:
@@ -69,10 +70,11 @@ class Conversation:
                     line = self._reader.read(draft)
                     self._inference.listen()
                     is_editing, self._is_editing = self._is_editing, False
+                    is_again, self._is_again = self._is_again and line == draft, False
                     if line is None:
                         break
                     if line.strip():
-                        self._try(lambda line=line, on=is_editing: self._handle(line, on))
+                        self._try(partial(self._handle, line, is_editing, is_again))
             finally:
                 self._inference.listen()
                 self._end()
@@ -118,7 +120,7 @@ class Conversation:
             else:
                 self._view.say(f"unexpected {type(error).__name__}: {text}; the chat goes on")
 
-    def _handle(self, line: str, is_editing: bool) -> None:
+    def _handle(self, line: str, is_editing: bool, is_again: bool) -> None:
         command, argument = parse(line)
         if command is not None:
             command.action(self, argument)
@@ -128,7 +130,7 @@ class Conversation:
                 lambda talk, cancel, on_prefill: talk.retry(cancel, on_prefill, text=text), text
             )
         else:
-            self._ask(argument)
+            self._ask(argument, is_again)
 
     def _tell(self) -> None:
         """Say what has happened on the thread meanwhile."""
@@ -148,11 +150,11 @@ class Conversation:
 
     # --- answers ---------------------------------------------------------------------------------
 
-    def _ask(self, message: str) -> None:
+    def _ask(self, message: str, is_again: bool) -> None:
         attached, self._attached = self._attached, []
         text = "\n\n".join([*(f"{name}:\n{content}" for name, content, _ in attached), message])
         try:
-            self._answer(lambda talk, *hooks: talk.ask(text, *hooks), message)
+            self._answer(lambda talk, *hooks: talk.ask(text, *hooks, is_again=is_again), message)
         except BaseException:
             self._attached = attached
             raise
@@ -169,27 +171,36 @@ class Conversation:
             self._draft = draft
             raise
         self._tell()
-        if reason == "context":
+        if reason is None:
+            self._draft, self._is_again = draft, bool(draft)
+        elif reason == "context":
             self._on_full(self.continue_answer, "")
 
     def _stream(self, answering: Answering, begun: str) -> str | None:
+        """Show an answer as it comes; return why it ended, None when it never began."""
         reason, stats, is_shown = None, None, False
         with self._reader.hushed(self._inference.interrupt), StatusLine() as status:
             on_prefill = prefill_progress(status)
             steps = self._inference.stream(lambda talk, cancel: answering(talk, cancel, on_prefill))
             try:
                 for step in steps:
+                    reason, stats = step.finish_reason, step.stats
+                    if step.token_id is None and not is_shown and reason != "context":
+                        continue
                     if not is_shown:
                         status.close()
                         self._view.begin_answer(begun)
                         is_shown = True
                     self._view.write(step.text)
-                    reason, stats = step.finish_reason, step.stats
             except BaseException:
                 if is_shown:
                     self._view.end_answer(None, None)
                 raise
-        self._view.end_answer("cancelled" if reason is None else reason, stats)
+        if not is_shown:
+            self._view.say("stopped before the answer began")
+            return None
+        reason = "cancelled" if reason is None else reason
+        self._view.end_answer(reason, stats)
         return reason
 
     def _on_full(self, go_on: Callable[[], None], draft: str) -> None:
@@ -226,7 +237,7 @@ class Conversation:
     def undo(self) -> None:
         """Take back the last question and its answer."""
         text = self._inference.call(lambda talk: talk.undo())
-        self._view.say(f"taken back: {_first_line(text)}")
+        self._view.say(f"taken back: {first_line(text)}")
 
     def edit(self) -> None:
         """Offer the last question to be changed; sent, it takes the old one's place."""
@@ -357,99 +368,15 @@ class Conversation:
 
     def chats(self, argument: str) -> None:
         """List the saved chats, open or delete one."""
-        if self._folders.chats is None:
-            raise OptionError("/chats: this chat was begun with --no-save")
-        if not argument:
-            self._list_chats(self._folders.chats)
-            return
-        word, _, rest = argument.partition(" ")
-        if word != "delete":
-            self.resume(self._chat_named(argument))
-            return
-        chat = self._chat_named(rest.strip())
-        if chat.id == self._inference.call(lambda talk: talk.chat_id):
-            raise ChatError(f"chat {chat.id} is the one that is open; /clear begins another")
-        if store.is_open(chat):
-            raise ChatError(f"chat {chat.id} is open in another window")
-        title = _first_line(chat.title)
-        if self._reader.choose(f"Delete {chat.id}, {title}? y/N").lower() in ("y", "yes"):
-            chat.path.unlink()
-            store.cache_file(self._folders.caches, chat.id).unlink(missing_ok=True)
-            self._view.say(f"{chat.id} is deleted")
-
-    def _list_chats(self, folder: Path) -> None:
-        self._listed = store.saved_chats(folder)
-        if not self._listed:
-            self._view.say("no chat is saved yet")
-            return
-        rows = []
-        for number, chat in enumerate(self._listed, 1):
-            cache = store.cache_file(self._folders.caches, chat.id)
-            kept = f" + cache {size(cache.stat().st_size)}" if cache.is_file() else ""
-            turns = "1 turn" if chat.n_turns == 1 else f"{chat.n_turns} turns"
-            about = f"{turns}, {size(chat.nbytes)}{kept}"
-            rows.append((str(number), chat.id, about, _first_line(chat.title)))
-        self._view.table(rows)
-        self._view.say("/chats NUMBER opens one, /chats delete NUMBER removes it")
-
-    def _chat_named(self, name: str) -> SavedChat:
-        assert self._folders.chats is not None
-        if name.isdecimal() and 1 <= int(name) <= len(self._listed):
-            return store.read_chat(self._listed[int(name) - 1].path)
-        return store.find_chat(self._folders.chats, name)
-
-    def resume(self, chat: SavedChat) -> None:
-        """Take up a saved chat and show where it ended."""
-        with StatusLine() as status:
-            status.show("restoring the cache")
-            how = self._inference.call(lambda talk: talk.resume(chat))
-        self.show_resumed(chat, how)
-
-    def show_resumed(self, chat: SavedChat, how: str) -> None:
-        """Say how a chat was taken up, and show where it ended."""
-        damaged = f"; {chat.n_damaged} damaged lines were left out" if chat.n_damaged else ""
-        self._view.say(f"{chat.id}, {len(chat.messages)} messages: {how}{damaged}")
-        for message in chat.messages[-2:]:
-            if message.role != "system":
-                self._view.show_message(message.role, message.content)
-        if chat.messages and chat.messages[-1].is_cut:
-            self._view.say("the last answer was cut; /continue goes on")
+        self.shelf.chats(argument)
 
     def save(self, name: str) -> None:
         """Write the chat to a file."""
-        path = Path(name).expanduser()
-        messages, model = self._inference.call(
-            lambda talk: (talk.session.messages, talk.llama.path.name)
-        )
-        if path.exists():
-            answer = self._reader.choose(f"{path} exists. Replace it? y/N")
-            if answer.lower() not in ("y", "yes"):
-                return
-        seed = self._inference.call(lambda talk: talk.seed)
-        tokenizer = self._inference.call(lambda talk: talk.tokenizer)
-        content = export.render(
-            path,
-            messages,
-            model=model,
-            settings=self._settings.explicit(),
-            seed=seed,
-            tokenizer=tokenizer,
-        )
-        export.write_private(path, content)
-        self._view.say(f"{len(messages)} messages written to {path}")
+        self.shelf.save(name)
 
     def load(self, name: str) -> None:
         """Take up a chat from a file, as a new chat."""
-        chat = export.load(Path(name).expanduser())
-        wanted = Settings(of_chat=chat.settings)  # refused as a whole when a value cannot be
-        how = self._inference.call(lambda talk: talk.resume(chat, is_saved=False))
-        self._settings.of_chat |= wanted.of_chat
-        self.show_resumed(chat, how)
-
-
-def _first_line(text: str) -> str:
-    line = next((line for line in text.splitlines() if line.strip()), "")
-    return line if len(line) <= 60 else line[:59] + "…"
+        self.shelf.load(name)
 
 
 def _text(value: object) -> str:

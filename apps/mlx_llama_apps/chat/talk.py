@@ -66,8 +66,16 @@ class Talk:
 
     # --- answers ---------------------------------------------------------------------------------
 
-    def ask(self, text: str, cancel: threading.Event, on_prefill: OnPrefill) -> Iterator[Step]:
-        """Add what the user typed and answer it."""
+    def ask(
+        self, text: str, cancel: threading.Event, on_prefill: OnPrefill, *, is_again: bool = False
+    ) -> Iterator[Step]:
+        """Add what the user typed and answer it.
+
+        is_again: it was stopped before anything of its answer was seen. Should the answer have
+        begun all the same, it is answered anew and not asked twice.
+        """
+        if is_again and [m.content for m in self.session.messages[-2:-1]] == [text]:
+            return self.retry(cancel, on_prefill)
         asked = [*self.session.messages, Message("user", text)]
         hooks = self._hooks(cancel, on_prefill)
         return self._recorded(self.session.stream(asked, **hooks), asked, begun=None)

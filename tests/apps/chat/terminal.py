@@ -104,6 +104,7 @@ class Terminal:
 
     def enter(self, text: str) -> None:
         """Type a line and wait for the next prompt."""
+        self.prompt()
         before = self.n_prompts
         self.child.send(text + "\r")
         self.next_prompt(before)

@@ -1,0 +1,131 @@
+"""The saved chats as the user meets them: listed, opened, deleted, written to files and loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_llama.errors import OptionError
+from mlx_llama_apps.chat import export, store
+from mlx_llama_apps.chat.reader import Reader
+from mlx_llama_apps.chat.settings import Settings
+from mlx_llama_apps.chat.store import ChatError, SavedChat
+from mlx_llama_apps.chat.talk import Folders, Talk
+from mlx_llama_apps.chat.view import View
+from mlx_llama_apps.inference import Inference
+from mlx_llama_apps.terminal import StatusLine, size
+
+
+class Shelf:
+    """What /chats, /save and /load do."""
+
+    def __init__(
+        self,
+        inference: Inference[Talk],
+        view: View,
+        reader: Reader,
+        settings: Settings,
+        folders: Folders,
+    ) -> None:
+        self._inference = inference
+        self._view = view
+        self._reader = reader
+        self._settings = settings
+        self._folders = folders
+        self._listed: list[SavedChat] = []  # what was numbered
+
+    def chats(self, argument: str) -> None:
+        """List the saved chats, open or delete one."""
+        if self._folders.chats is None:
+            raise OptionError("/chats: this chat was begun with --no-save")
+        if not argument:
+            self._list_chats(self._folders.chats)
+            return
+        word, _, rest = argument.partition(" ")
+        if word != "delete":
+            self.resume(self._chat_named(argument))
+            return
+        chat = self._chat_named(rest.strip())
+        if chat.id == self._inference.call(lambda talk: talk.chat_id):
+            raise ChatError(f"chat {chat.id} is the one that is open; /clear begins another")
+        if store.is_open(chat):
+            raise ChatError(f"chat {chat.id} is open in another window")
+        title = first_line(chat.title)
+        if self._reader.choose(f"Delete {chat.id}, {title}? y/N").lower() in ("y", "yes"):
+            chat.path.unlink()
+            store.cache_file(self._folders.caches, chat.id).unlink(missing_ok=True)
+            self._view.say(f"{chat.id} is deleted")
+
+    def _list_chats(self, folder: Path) -> None:
+        self._listed = store.saved_chats(folder)
+        if not self._listed:
+            self._view.say("no chat is saved yet")
+            return
+        rows = []
+        for number, chat in enumerate(self._listed, 1):
+            cache = store.cache_file(self._folders.caches, chat.id)
+            kept = f" + cache {size(cache.stat().st_size)}" if cache.is_file() else ""
+            turns = "1 turn" if chat.n_turns == 1 else f"{chat.n_turns} turns"
+            about = f"{turns}, {size(chat.nbytes)}{kept}"
+            rows.append((str(number), chat.id, about, first_line(chat.title)))
+        self._view.table(rows)
+        self._view.say("/chats NUMBER opens one, /chats delete NUMBER removes it")
+
+    def _chat_named(self, name: str) -> SavedChat:
+        assert self._folders.chats is not None
+        if name.isdecimal() and 1 <= int(name) <= len(self._listed):
+            return store.read_chat(self._listed[int(name) - 1].path)
+        return store.find_chat(self._folders.chats, name)
+
+    def resume(self, chat: SavedChat) -> None:
+        """Take up a saved chat and show where it ended."""
+        with StatusLine() as status:
+            status.show("restoring the cache")
+            how = self._inference.call(lambda talk: talk.resume(chat))
+        self.show_resumed(chat, how)
+
+    def show_resumed(self, chat: SavedChat, how: str) -> None:
+        """Say how a chat was taken up, and show where it ended."""
+        damaged = f"; {chat.n_damaged} damaged lines were left out" if chat.n_damaged else ""
+        self._view.say(f"{chat.id}, {len(chat.messages)} messages: {how}{damaged}")
+        for message in chat.messages[-2:]:
+            if message.role != "system":
+                self._view.show_message(message.role, message.content)
+        if chat.messages and chat.messages[-1].is_cut:
+            self._view.say("the last answer was cut; /continue goes on")
+
+    def save(self, name: str) -> None:
+        """Write the chat to a file."""
+        path = Path(name).expanduser()
+        messages, model = self._inference.call(
+            lambda talk: (talk.session.messages, talk.llama.path.name)
+        )
+        if path.exists():
+            answer = self._reader.choose(f"{path} exists. Replace it? y/N")
+            if answer.lower() not in ("y", "yes"):
+                return
+        seed = self._inference.call(lambda talk: talk.seed)
+        tokenizer = self._inference.call(lambda talk: talk.tokenizer)
+        content = export.render(
+            path,
+            messages,
+            model=model,
+            settings=self._settings.explicit(),
+            seed=seed,
+            tokenizer=tokenizer,
+        )
+        export.write_private(path, content)
+        self._view.say(f"{len(messages)} messages written to {path}")
+
+    def load(self, name: str) -> None:
+        """Take up a chat from a file, as a new chat."""
+        chat = export.load(Path(name).expanduser())
+        wanted = Settings(of_chat=chat.settings)  # refused as a whole when a value cannot be
+        how = self._inference.call(lambda talk: talk.resume(chat, is_saved=False))
+        self._settings.of_chat |= wanted.of_chat
+        self.show_resumed(chat, how)
+
+
+def first_line(text: str) -> str:
+    """Return the first line that says something, cut to what fits a remark."""
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    return line if len(line) <= 60 else line[:59] + "…"
