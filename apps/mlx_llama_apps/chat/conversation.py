@@ -197,7 +197,7 @@ class Conversation:
                     self._view.end_answer(None, None)
                 raise
         if not is_shown:
-            self._view.say("stopped before the answer began")
+            self._view.say("stopped before the answer began; /continue goes on, or send it again")
             return None
         reason = "cancelled" if reason is None else reason
         self._view.end_answer(reason, stats)

@@ -76,9 +76,7 @@ class Talk:
         """
         if is_again and [m.content for m in self.session.messages[-2:-1]] == [text]:
             return self.retry(cancel, on_prefill)
-        asked = [*self.session.messages, Message("user", text)]
-        hooks = self._hooks(cancel, on_prefill)
-        return self._recorded(self.session.stream(asked, **hooks), asked, begun=None)
+        return self._recorded(self.session.ask(text, **self._hooks(cancel, on_prefill)), begun=None)
 
     def retry(
         self, cancel: threading.Event, on_prefill: OnPrefill, *, text: str | None = None
@@ -93,16 +91,15 @@ class Talk:
         hooks = self._hooks(cancel, on_prefill)
         if text is None and hooks.get("seed") is not None and hooks["seed"] == self.seed:
             hooks["seed"] = (hooks["seed"] + 1) % 2**32
-        return self._recorded(self.session.stream(asked, **hooks), asked, begun=None)
+        return self._recorded(self.session.stream(asked, **hooks), begun=None)
 
     def continue_answer(self, cancel: threading.Event, on_prefill: OnPrefill) -> Iterator[Step]:
         """Go on with an answer that was cut, with its own seed."""
         hooks = self._hooks(cancel, on_prefill)
         if self.seed is not None:
             hooks["seed"] = self.seed
-        given = self.session.messages[:-1]
         begun = self.session.messages[-1] if self.session.can_continue else None
-        return self._recorded(self.session.continue_answer(**hooks), given, begun=begun)
+        return self._recorded(self.session.continue_answer(**hooks), begun=begun)
 
     def _hooks(self, cancel: threading.Event, on_prefill: OnPrefill) -> dict[str, Any]:
         return {
@@ -112,9 +109,7 @@ class Talk:
             "on_prefill": on_prefill,
         }
 
-    def _recorded(
-        self, steps: Iterator[Step], asked: list[Message], *, begun: Message | None
-    ) -> Iterator[Step]:
+    def _recorded(self, steps: Iterator[Step], *, begun: Message | None) -> Iterator[Step]:
         """Yield steps; write each sentence as it ends, and the whole when the answer is over."""
         text, ids = (begun.content, list(begun.token_ids or ())) if begun else ("", [])
         are_ids_known = begun is None or begun.token_ids is not None
@@ -123,7 +118,7 @@ class Talk:
             for step in steps:
                 if not is_begun:
                     is_begun = True
-                    self._sync(asked)
+                    self._sync(self.session.messages)  # what is answered
                 text += step.text
                 if step.token_id is not None:
                     ids.append(step.token_id)
