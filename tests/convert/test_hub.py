@@ -429,3 +429,19 @@ def test_metas_checklist_shows_what_the_cache_lacks(server: HubServer, cache: Pa
     (snapshot.source / "consolidated.01.pth").unlink()
     with pytest.raises(MlxLlamaError, match=r"not whole: .*consolidated\.01\.pth is missing"):
         hub.find_cached(NAME, cache=cache)
+
+
+def test_cached_models_are_those_that_can_be_loaded(tmp_path: Path) -> None:
+    for name, kind, weights in (
+        ("models--a--llama", "llama", "model.safetensors"),
+        ("models--a--other", "qwen2", "model.safetensors"),
+        ("models--a--meta", "llama", "consolidated.00.pth"),
+    ):
+        folder = tmp_path / name / "snapshots" / "0123"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(f'{{"model_type": "{kind}"}}', encoding="utf-8")
+        (folder / weights).touch()
+    (tmp_path / "models--a--broken" / "snapshots" / "0").mkdir(parents=True)
+    found = [("a/llama", tmp_path / "models--a--llama" / "snapshots" / "0123")]
+    assert hub.cached_models(tmp_path) == found
+    assert hub.cached_models(tmp_path / "none") == []

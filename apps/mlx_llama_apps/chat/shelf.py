@@ -7,7 +7,7 @@ from pathlib import Path
 from mlx_llama.errors import OptionError
 from mlx_llama_apps.chat import export, store
 from mlx_llama_apps.chat.reader import Reader
-from mlx_llama_apps.chat.settings import Settings
+from mlx_llama_apps.chat.settings import KEYS, Settings
 from mlx_llama_apps.chat.store import ChatError, SavedChat
 from mlx_llama_apps.chat.talk import Folders, Talk
 from mlx_llama_apps.chat.view import View
@@ -78,10 +78,24 @@ class Shelf:
 
     def resume(self, chat: SavedChat) -> None:
         """Take up a saved chat and show where it ended."""
+        self._take_settings(chat)
         with StatusLine() as status:
             status.show("restoring the cache")
             how = self._inference.call(lambda talk: talk.resume(chat))
         self.show_resumed(chat, how)
+
+    def _take_settings(self, chat: SavedChat) -> None:
+        """Go by what a chat was said with; what decides the context stays as it is.
+
+        Raises OptionError, and takes nothing, for a value that cannot be.
+        """
+        wanted = {
+            name: value
+            for name, value in chat.settings.items()
+            if name in KEYS and KEYS[name].group in ("generation", "text")
+        }
+        Settings(of_chat=wanted)
+        self._settings.of_chat = wanted
 
     def show_resumed(self, chat: SavedChat, how: str) -> None:
         """Say how a chat was taken up, and show where it ended."""
@@ -119,9 +133,8 @@ class Shelf:
     def load(self, name: str) -> None:
         """Take up a chat from a file, as a new chat."""
         chat = export.load(Path(name).expanduser())
-        wanted = Settings(of_chat=chat.settings)  # refused as a whole when a value cannot be
+        self._take_settings(chat)
         how = self._inference.call(lambda talk: talk.resume(chat, is_saved=False))
-        self._settings.of_chat |= wanted.of_chat
         self.show_resumed(chat, how)
 
 
