@@ -158,10 +158,10 @@ def workspace_bytes(demand: Demand, context: int) -> int:
 
 
 def _native_bytes(config: ModelConfig, dtype: mx.Dtype, chunk: int) -> int:
-    """Count the outputs of a layer and a half: MLX queues so far ahead of the native kernels."""
+    """Count what half a block has alive where the native kernels run it: no scores."""
     heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    layer = 6 * config.dim + 3 * config.hidden_dim + 3 * heads + 3 * kv_heads
-    return 13 * layer * chunk * dtype.size // 8
+    numbers = 4 * config.dim + max(3 * config.hidden_dim, 3 * heads + 3 * kv_heads)
+    return numbers * chunk * dtype.size
 
 
 def _sliding_bytes(demand: Demand, context: int, chunk: int) -> int:

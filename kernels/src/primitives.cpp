@@ -20,7 +20,7 @@ namespace {
 
 using mx::array;
 
-constexpr size_t LARGE = 1 << 16;  // bytes of an output, from which its memory matters
+constexpr size_t MANY = 8;  // tokens from which the memory of their outputs matters
 
 Type type_of(const array& a) {
   if (a.dtype() == mx::float32) return Type::f32;
@@ -107,12 +107,14 @@ class OnCpu : public mx::UnaryPrimitive {
     // The lambda must not need this primitive: it may be gone before the stream runs it.
     auto task = [work = work(), held = std::move(held),
                  out = array::unsafe_weak_copy(out)]() mutable { work(held, out); };
-    if (out.nbytes() < LARGE) {
+    if (tokens(out) < MANY && !reads_cache()) {
       mx::cpu::get_command_encoder(stream()).dispatch(std::move(task));
       return;
     }
-    // A task of its own: MLX lets so many tasks wait, not dispatches, and a prompt's arrays are
-    // allocated when they are queued. Ten of ours in one task would hold ten layers' memory.
+    // Arrays are allocated when they are queued, and MLX lets ten tasks of ten dispatches wait: ten
+    // layers of a prompt. So each of a prompt's is a task of its own, and waits for those before.
+    // Attention does always: the next token's write would copy a cache that waits to be read.
+    while (mx::scheduler::n_active_tasks() > 1) mx::scheduler::wait_for_one();
     mx::scheduler::notify_new_task(stream());
     mx::scheduler::enqueue(stream(), std::move(task));
     mx::scheduler::enqueue(stream(), [s = stream()] { mx::scheduler::notify_task_completion(s); });
@@ -125,6 +127,11 @@ class OnCpu : public mx::UnaryPrimitive {
  protected:
   using Work = std::function<void(const std::vector<array>&, array&)>;
   virtual Work work() const = 0;
+  virtual bool reads_cache() const { return false; }
+  // How many tokens an output holds.
+  virtual size_t tokens(const array& out) const {
+    return out.shape(-1) ? out.size() / out.shape(-1) : 0;
+  }
 };
 
 class QuantizedProduct : public OnCpu {
@@ -197,6 +204,7 @@ class Rotation : public OnCpu {
  public:
   Rotation(mx::Stream stream, int offset) : OnCpu(stream), offset_(offset) {}
   const char* name() const override { return "MlxLlamaRotation"; }
+  size_t tokens(const array& out) const override { return size_t(out.shape(0)) * out.shape(2); }
   bool is_equivalent(const Primitive& other) const override {
     return offset_ == static_cast<const Rotation&>(other).offset_;
   }
@@ -219,6 +227,8 @@ class CausalAttention : public OnCpu {
  public:
   CausalAttention(mx::Stream stream, float scale) : OnCpu(stream), scale_(scale) {}
   const char* name() const override { return "MlxLlamaAttention"; }
+  bool reads_cache() const override { return true; }
+  size_t tokens(const array& out) const override { return size_t(out.shape(0)) * out.shape(1); }
   bool is_equivalent(const Primitive& other) const override {
     return scale_ == static_cast<const CausalAttention&>(other).scale_;
   }
