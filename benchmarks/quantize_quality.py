@@ -1,6 +1,7 @@
 """Quantizes a model by every method and prints what each lost, on a text that none has seen.
 
-    python benchmarks/quantize_quality.py FOLDER --work DIR [--bits 4] [--group-size 64] [--text FILE]
+    python benchmarks/quantize_quality.py FOLDER --work DIR [--bits 4] [--group-size 64]
+        [--text FILE]
 
 FOLDER is a checkpoint; DIR takes the outputs, which are removed again. All results of one table
 have the same size. The KL divergence is that of the certificate; the ratio is against rtn.
