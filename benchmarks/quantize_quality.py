@@ -1,7 +1,7 @@
 """Quantizes a model by every method and prints what each lost, on a text that none has seen.
 
-    python benchmarks/quantize_quality.py FOLDER --work DIR [--bits 4] [--group-size 64]
-        [--text FILE]
+    python benchmarks/quantize_quality.py FOLDER --work DIR [--bits 4 8] [--group-size 64]
+        [--text FILE] [--calibration FILE]
 
 FOLDER is a checkpoint; DIR takes the outputs, which are removed again. All results of one table
 have the same size. The KL divergence is that of the certificate; the ratio is against rtn.
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from measuring import print_table, run
 
+PYTHON = "from mlx_llama_apps.entry import run_main; run_main()"
 METHODS = ("rtn", "mse", "awq", "gptq", "awq+gptq")
 
 
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--text", type=Path)
+    parser.add_argument("--calibration", type=Path)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     given = parser.parse_args()
     rows: list[list[str]] = []
@@ -34,10 +36,12 @@ def main() -> None:
         base: float | None = None
         for method in given.methods:
             out = given.work / f"{method}-{bits}"
-            command = [sys.executable, "-m", "mlx_llama_apps.entry", "quantize", str(given.folder)]
+            command = [sys.executable, "-c", PYTHON, "quantize", str(given.folder)]
             command += ["-o", str(out), "--bits", str(bits), "--method", method, "--quiet"]
             command += ["--group-size", str(given.group_size)]
             command += ["--text", str(given.text)] if given.text else []
+            if given.calibration and method not in ("rtn", "mse"):
+                command += ["--calibration", str(given.calibration)]
             done = run(command)
             manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
             shutil.rmtree(out)

@@ -18,6 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_llama import ops
 from mlx_llama.config import QuantFormat
 from mlx_llama.errors import CheckpointError, OptionError
 from mlx_llama.linear import Dense, Matrix, Packed, stack_rows
@@ -25,7 +26,7 @@ from mlx_llama.model import Block, LlamaModel
 from mlx_llama.ops import DTYPES
 from mlx_llama.safetensors_reader import open_safetensors
 from mlx_llama.tokenizer import Tokenizer
-from mlx_llama.weights import EMBEDDING, NORM, WeightSource, hf_module
+from mlx_llama.weights import EMBEDDING, NORM, OUTPUT, WeightSource, hf_module
 from mlx_llama_quantize import awq, gptq
 from mlx_llama_quantize.packing import PARTS, pack_matrix
 from mlx_llama_quantize.texts import Text
@@ -143,6 +144,9 @@ class Calibration:
             for name, form in self.forms.items()
             if self.method in CODED and form and name.startswith("layers.")
         }
+        head = EMBEDDING if config.tied else OUTPUT
+        if self.method in CODED and (form := self.forms[head]) and form.mode == "affine":
+            ready[head] = self._head(head, form, states)
         return Calibrated(awq.FoldedWeights(self.source, self._scales), ready)
 
     def forget(self) -> None:
@@ -275,6 +279,28 @@ class Calibration:
 
     # --- the ends ---
 
+    def _head(self, name: str, form: QuantFormat, states: Sequence[mx.array]) -> Path:
+        """Pack the output by what it reads, some rows at a time; a tied embedding is one."""
+        path = self.folder / "head.safetensors"
+        if path.is_file():
+            return path
+        read, norm = _Input(), self.source.read(NORM).astype(mx.float32)
+        for state in states:
+            read.add(ops.rms_norm(state, norm, self.source.config.norm_eps))
+        factor = gptq.factorize(read.array, form.group_size)
+        n_rows = self.source.shape(name)[0]
+        pieces = [
+            gptq.quantize(self._cast(name, self.source.read(name, rows)), form, factor)
+            for rows in (
+                slice(start, min(start + gptq.ROWS, n_rows))
+                for start in range(0, n_rows, gptq.ROWS)
+            )
+        ]
+        arrays = (mx.concatenate([*parts]) for parts in zip(*pieces, strict=True))
+        module = hf_module(name)
+        self._save("head", {f"{module}.{p}": a for p, a in zip(PARTS, arrays, strict=True)})
+        return path
+
     def _model(self) -> LlamaModel:
         """Return what knows the arithmetic of a block; its ends are not used."""
         nothing = Dense(mx.zeros((1, 1)))
@@ -355,7 +381,8 @@ def calibration_bytes(source: WeightSource) -> int:
     block = dim * (2 * q_rows + 2 * kv_rows + 3 * hidden)
     hessians = 2 * dim**2 + q_rows**2 + hidden**2 + 3 * max(dim, q_rows, hidden) ** 2
     states = 2 * MAX_TOKENS * dim + 8 * CONTEXT * (hidden + q_rows)
-    return 4 * (2 * block + hessians + states)
+    packed_head = config.vocab_size * dim  # at most a byte a weight, twice: parts and their join
+    return 4 * (2 * block + hessians + states) + 2 * packed_head
 
 
 def calibration_key(job: str, text: Text) -> str:
