@@ -1,0 +1,71 @@
+"""What the commands say of the native kernels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlx_llama import native
+from mlx_llama_apps import inference
+from mlx_llama_apps.main import main
+
+MISSING = "mlx_llama_kernels is not installed"
+
+
+@pytest.fixture
+def packed_model(base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    folder = tmp_path / "packed"
+    assert (
+        main(["convert", str(base_model), "--bits", "4", "--group-size", "32", "-o", str(folder)])
+        == 0
+    )
+    capsys.readouterr()
+    return folder
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "kernels", lambda: None)
+    monkeypatch.setattr(native, "missing_reason", lambda: MISSING)
+    monkeypatch.setattr(native, "can_be_built", lambda: True)
+
+
+@pytest.mark.usefixtures("no_kernels")
+def test_loading_says_once_what_is_missing_and_how_to_get_it(
+    packed_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["run", str(packed_model), "--max-tokens", "2", "--raw", "in"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().err == ""  # too small a model to be slow
+    monkeypatch.setattr(inference, "NOTICEABLE_BYTES", 0)
+    assert main(arguments) == 0
+    told = capsys.readouterr().err
+    assert told.count(MISSING) == 1 and told.count("\n") == 1 and "make kernels" in told
+
+
+@pytest.mark.usefixtures("no_kernels")
+def test_show_says_what_is_missing(packed_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(packed_model), "--json"]) == 0
+    kernels = json.loads(capsys.readouterr().out)["kernels"]
+    assert kernels["missing"] == MISSING and kernels["other_formats"] == []
+    assert kernels["formats"] == ["4 bits, group 32"]
+    assert main(["show", str(packed_model)]) == 0
+    assert "make kernels" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_kernels")
+def test_threads_without_kernels_are_refused(
+    packed_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(packed_model), "--threads", "2", "in"]) == 2
+    assert "--threads 2: only the native CPU kernels" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(native.kernels() is None, reason="no native kernels")
+def test_show_names_the_instructions_that_run(
+    packed_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", str(packed_model)]) == 0
+    assert "native kernels: " in capsys.readouterr().out
