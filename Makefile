@@ -37,17 +37,17 @@ check: $(VENV)/.installed-dev
 kernels: $(if $(filter command line,$(origin PYTHON)),,$(VENV)/.installed)
 	@$(if $(filter command line,$(origin PYTHON)),$(PYTHON),$(VENV)/bin/python) -c 'import mlx.core' || \
 	  { echo "make kernels: $(PYTHON) has no mlx to build against: pip install 'mlx[cpu]'" >&2; exit 1; }
-	$(call build_kernels,$(if $(filter command line,$(origin PYTHON)),$(PYTHON),$(VENV)/bin/python))
+	@$(call build_kernels,$(if $(filter command line,$(origin PYTHON)),$(PYTHON),$(VENV)/bin/python))
 
 build_kernels = $(1) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(KERNEL_TOOLS) && \
-	  PATH="$$(dirname $$(command -v $(1))):$$PATH" $(1) -m pip --disable-pip-version-check install --quiet \
+	  PATH="$$(cd "$$(dirname "$$(command -v $(1))")" && pwd):$$PATH" $(1) -m pip --disable-pip-version-check install --quiet \
 	  --no-build-isolation --no-deps --force-reinstall ./kernels
 
 $(VENV)/.kernels: constraints.txt $(KERNEL_FILES) | $(VENV)/.installed
 	@if ! command -v $${CXX:-c++} >/dev/null; then \
-	  echo "no C++ compiler: going on without the native kernels, 10 to 100 times slower on this CPU (docs/cpu.md)" >&2; \
+	  echo "no C++ compiler: going on without the native kernels, about 17 times slower on a CPU (docs/cpu.md)" >&2; \
 	elif $(call build_kernels,$(VENV)/bin/python) >$(VENV)/kernels.log 2>&1; then touch $@; \
-	else echo "the native kernels could not be built ($(VENV)/kernels.log): going on without, 10 to 100 times slower on this CPU (docs/cpu.md)" >&2; fi
+	else echo "the native kernels could not be built ($(VENV)/kernels.log): going on without, about 17 times slower on a CPU (docs/cpu.md)" >&2; fi
 
 # The arithmetic's own test program, under the sanitizers.
 kernels-check: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
