@@ -21,7 +21,7 @@ from mlx_llama_apps.terminal import StatusLine
 
 NOTICEABLE_BYTES = 64 << 20  # weights of a model that is slow enough to say why
 SLOWER = (
-    "4- and 8-bit models decode about 17 times slower; `make kernels` builds them (docs/cpu.md)"
+    "4- and 8-bit models decode 10 to 17 times slower; `make kernels` builds them (docs/cpu.md)"
 )
 
 if TYPE_CHECKING:
