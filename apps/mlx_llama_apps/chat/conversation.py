@@ -155,9 +155,9 @@ class Conversation:
         text = "\n\n".join([*(f"{name}:\n{content}" for name, content, _ in attached), message])
         try:
             self._answer(lambda talk, *hooks: talk.ask(text, *hooks, is_again=is_again), message)
-        except BaseException:
-            self._attached = attached
-            raise
+        finally:
+            if self._draft:  # it is offered again, and its files with it
+                self._attached = attached
 
     def _answer(self, answering: Answering, draft: str = "", begun: str = "") -> None:
         """Stream an answer; draft: what is offered again when nothing comes of it."""
@@ -181,6 +181,10 @@ class Conversation:
         reason, stats, is_shown = None, None, False
         with self._reader.hushed(self._inference.interrupt), StatusLine() as status:
             on_prefill = prefill_progress(status)
+            # Until the first slice is over, which may take longer, there is nothing to count.
+            waiting = threading.Timer(1.05, status.show, ["reading the prompt"])
+            waiting.daemon = True
+            waiting.start()
             steps = self._inference.stream(lambda talk, cancel: answering(talk, cancel, on_prefill))
             try:
                 for step in steps:
@@ -196,6 +200,8 @@ class Conversation:
                 if is_shown:
                     self._view.end_answer(None, None)
                 raise
+            finally:
+                waiting.cancel()
         if not is_shown:
             self._view.say("stopped before the answer began; /continue goes on, or send it again")
             return None
