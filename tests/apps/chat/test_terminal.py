@@ -118,10 +118,11 @@ def test_ctrl_c_gives_the_prompt_back_and_keeps_what_was_said(
     (path,) = saved(home)
     cut = [r for r in records(path) if r.get("role") == "assistant"][-1]
     assert cut["is_cut"] is True
+    before = terminal.n_prompts
     terminal.send("/continue\r")
     time.sleep(0.3)
     terminal.interrupt()
-    terminal.prompt()
+    terminal.next_prompt(before)
     going_on = messages(path)[-1][1]
     assert going_on.startswith(str(cut["content"]))
     assert len(going_on) > len(str(cut["content"]))
