@@ -230,6 +230,8 @@ class Conversation:
 
     def retry(self) -> None:
         """Answer the last question anew, with another seed."""
+        if self._settings.value("temperature") == 0:
+            self.say("temperature is 0, so another seed changes nothing; /set temperature does")
         self._answer(lambda talk, *hooks: talk.retry(*hooks))
 
     def continue_answer(self) -> None:
