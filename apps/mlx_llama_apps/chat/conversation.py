@@ -67,8 +67,9 @@ class Conversation:
                 while not self._is_leaving:
                     self._tell()
                     draft, self._draft = self._draft, ""
-                    line = self._reader.read(draft)
+                    # Not behind it: Ctrl-C right after Enter is meant for the answer.
                     self._inference.listen()
+                    line = self._reader.read(draft)
                     is_editing, self._is_editing = self._is_editing, False
                     is_again, self._is_again = self._is_again and line == draft, False
                     if line is None:

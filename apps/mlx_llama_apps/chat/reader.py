@@ -119,7 +119,8 @@ class Reader:
         """Read a message; None at the end of input. KeyboardInterrupt when Ctrl-C leaves."""
         self._disarm()
         try:
-            return unquoted(self._session.prompt(PROMPT, default=draft))
+            # Ctrl-C is a key here; a signal that comes while the prompt closes is the caller's.
+            return unquoted(self._session.prompt(PROMPT, default=draft, handle_sigint=False))
         except EOFError:
             return None
 
