@@ -39,8 +39,10 @@ def _found() -> tuple[ModuleType | None, str | None]:
         return None, "they are built on Linux alone"
     try:
         import mlx_llama_kernels
-    except ModuleNotFoundError:
-        return None, "mlx_llama_kernels is not installed"
+    except ModuleNotFoundError as error:
+        if error.name == "mlx_llama_kernels":
+            return None, "mlx_llama_kernels is not installed"
+        return None, f"mlx_llama_kernels is not whole ({error}): build it again"
     except ImportError as error:
         return None, str(error)
     return mlx_llama_kernels, None

@@ -94,6 +94,10 @@ def use_threads(asked: int | None) -> None:
         )
     if asked != ours.threads():
         ours.use_threads(asked)
+    if ours.threads() < asked:
+        raise OptionError(
+            f"--threads {asked}: this process may have {ours.threads()} at most; ask for fewer"
+        )
 
 
 def prefill_chunk() -> int:

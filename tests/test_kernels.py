@@ -160,6 +160,32 @@ def test_heads_turn_and_attend_as_in_float64(
 
 
 @needs_kernels
+@pytest.mark.parametrize(("n_rows", "bound"), [(1, 8192 / 16 + 32), (20, 8192 / 512 + 512)])
+def test_long_sums_of_one_sign_stay_within_their_bound(
+    kernels: object, n_rows: int, bound: float
+) -> None:
+    x = mx.full((n_rows, 8192), 0.1)
+    packed = mx.full((32, 1024), 0x77777777, dtype=mx.uint32)
+    scales, biases = mx.full((32, 128), 0.1), mx.zeros((32, 128))
+    found = kernels.quantized_matmul(x, packed, scales, biases, group_size=64, bits=4)  # pyright: ignore
+    expected = 8192 * float(np.float32(0.1)) ** 2 * 7
+    assert np.abs(float64(found) / expected - 1).max() <= bound * 2.0**-24
+
+
+@needs_kernels
+@pytest.mark.parametrize("n_queries", [1, 32])
+@pytest.mark.parametrize("n_rows", [1024, 32768])
+def test_long_attention_stays_within_its_bound(
+    kernels: object, n_rows: int, n_queries: int
+) -> None:
+    q, k = mx.zeros((1, 2, n_queries, 32)), mx.zeros((1, 1, n_rows, 32))
+    v = mx.full((1, 1, n_rows, 32), 0.1)
+    found = kernels.attention(q, k, v, scale=1.0)  # pyright: ignore
+    expected = float(np.float32(0.1))
+    assert np.abs(float64(found) / expected - 1).max() <= (n_rows / 64 + 128) * 2.0**-24
+
+
+@needs_kernels
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_stays_in_its_row(kernels: object, bad: float) -> None:
     for m in (3, 20):

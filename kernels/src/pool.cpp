@@ -3,8 +3,11 @@
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
+#include <memory>
 #include <string>
+#include <system_error>
 #include <thread>
+#include <utility>
 
 #if defined(__linux__)
 #include <sched.h>
@@ -102,11 +105,18 @@ void Pool::resize(size_t threads) {
   auto held = lock();
   threads = std::clamp<size_t>(threads, 1, 1024);
   stop();
+  threads_ = 1;
   scratch_.resize(threads);
-  threads_ = threads;
+  workers_.reserve(threads);
   for (size_t i = 1; i < threads; ++i) {
-    workers_.push_back(new Worker{});
-    workers_.back()->thread = std::thread([this, i] { work(i); });
+    auto worker = std::make_unique<Worker>();
+    try {
+      worker->thread = std::thread([this, i] { work(i); });
+    } catch (const std::system_error&) {
+      break;  // this process may make no more; those that there are do
+    }
+    workers_.push_back(worker.release());
+    threads_ = workers_.size() + 1;
   }
 }
 
@@ -141,6 +151,7 @@ void Pool::run(size_t n, size_t grain, Call call, void* context) {
     if (spin < SPINS) relax();
     else std::this_thread::yield();
   }
+  if (std::exception_ptr error = std::exchange(error_, nullptr)) std::rethrow_exception(error);
 }
 
 void Pool::claim(uint32_t job, size_t thread) {
@@ -151,7 +162,12 @@ void Pool::claim(uint32_t job, size_t thread) {
     if (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) continue;
     // The job cannot end before this range is done, so what describes it stands still.
     size_t first = taken * grain_;
-    call_(context_, first, std::min(first + grain_, n_), thread);
+    try {
+      call_(context_, first, std::min(first + grain_, n_), thread);
+    } catch (...) {  // told to the caller when nobody works on the job any more
+      std::lock_guard<std::mutex> held(failing_);
+      if (!error_) error_ = std::current_exception();
+    }
     done_.fetch_add(1, std::memory_order_acq_rel);
     state = state_.load(std::memory_order_acquire);
   }

@@ -163,14 +163,10 @@ static void pack(const Rows& x, float* packed, size_t first, size_t last) {
   }
 }
 
-// c (MR, PANEL) += x (depth, MR) transposed times panel (depth, PANEL).
+// c (MR, PANEL) += x (depth, MR) transposed times panel (depth, PANEL). Summed by itself first, so
+// that errors grow with the depth and with the number of calls, not with their product.
 static inline void multiply(const float* x, const float* panel, size_t depth, float* c) {
-  F sums[MR][2];
-#pragma GCC unroll 12
-  for (int r = 0; r < MR; ++r) {
-    sums[r][0] = load(c + r * PANEL);
-    sums[r][1] = load(c + r * PANEL + W);
-  }
+  F sums[MR][2] = {};
   for (size_t k = 0; k < depth; ++k) {
     F left = load(panel + k * PANEL), right = load(panel + k * PANEL + W);
 #pragma GCC unroll 12
@@ -182,8 +178,8 @@ static inline void multiply(const float* x, const float* panel, size_t depth, fl
   }
 #pragma GCC unroll 12
   for (int r = 0; r < MR; ++r) {
-    store(c + r * PANEL, sums[r][0]);
-    store(c + r * PANEL + W, sums[r][1]);
+    store(c + r * PANEL, load(c + r * PANEL) + sums[r][0]);
+    store(c + r * PANEL + W, load(c + r * PANEL + W) + sums[r][1]);
   }
 }
 

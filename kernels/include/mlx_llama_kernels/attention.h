@@ -100,19 +100,22 @@ static inline void direct_scores(const float* q, size_t rows, size_t dim, const 
   }
 }
 
+// tile: memory for rows * dim numbers; what one tile adds is summed there first.
 static inline void direct_sums(const float* weights, size_t rows, size_t dim, const Heads& v,
-                               size_t base, size_t n, float* sums) {
+                               size_t base, size_t n, float* tile, float* sums) {
   float row[most_dim + PANEL];
+  for (size_t i = 0; i < rows * dim; ++i) tile[i] = 0;
   for (size_t key = 0; key < n; ++key) {
     widen_row(v.type, v.data, base + key * v.stride_row, row, v.dim);
     for (size_t d = v.dim; d < dim; ++d) row[d] = 0;
     for (size_t r = 0; r < rows; ++r) {
       F weight = all(weights[r * TILE + key]);
       for (size_t d = 0; d < dim; d += W) {
-        store(sums + r * dim + d, load(sums + r * dim + d) + weight * load(row + d));
+        store(tile + r * dim + d, load(tile + r * dim + d) + weight * load(row + d));
       }
     }
   }
+  for (size_t i = 0; i < rows * dim; i += W) store(sums + i, load(sums + i) + load(tile + i));
 }
 
 // a (rows, depth), row after row -> blocks of MR rows, each (depth, MR).
@@ -185,7 +188,7 @@ static void attend_part(const Attention& a, const Shape& s, float* scratch, size
       }
     }
     if (is_direct) {
-      direct_sums(scores, rows, dim, a.v, v_base, n, sums);
+      direct_sums(scores, rows, dim, a.v, v_base, n, values, sums);
     } else {
       for (size_t block = 0; block < s.rows; block += MR) {
         size_t here = rows > block ? (rows - block < MR ? rows - block : MR) : 0;

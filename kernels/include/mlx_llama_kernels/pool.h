@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <vector>
 
@@ -25,11 +26,12 @@ class Pool {
   Pool(const Pool&) = delete;
 
   size_t threads() const { return threads_.load(); }
-  // Threads that work, the caller included; at least 1.
+  // Threads that work, the caller included; at least 1. Fewer where the system gives no more.
   void resize(size_t threads);
 
   // Calls part(first, last, thread) for ranges that cover [0, n) once; thread is below threads().
-  // Ranges are of `grain` parts, larger ones where there would be too many.
+  // Ranges are of `grain` parts, larger ones where there would be too many. What a part throws is
+  // thrown here, once all are over.
   template <class Fn>
   void each(size_t n, size_t grain, Fn part) {
     run(n, grain, [](void* f, size_t first, size_t last, size_t thread) {
@@ -68,6 +70,8 @@ class Pool {
   size_t n_ = 0, grain_ = 1;
   Call call_ = nullptr;
   void* context_ = nullptr;
+  std::mutex failing_;
+  std::exception_ptr error_;
 };
 
 }  // namespace mlk
