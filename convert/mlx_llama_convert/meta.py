@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mlx_llama.config import ModelConfig, RopeScaling, rope_from_hf
 from mlx_llama.errors import CheckpointError, OptionError, TokenizerError
@@ -15,8 +16,14 @@ from mlx_llama.kinds import (
     decide_rope_factor,
     kind_named,
 )
-from mlx_llama.loading import MAX_JSON_BYTES, folder_names
+from mlx_llama.loading import (
+    GENERATION_NAME,
+    MAX_JSON_BYTES,
+    folder_names,
+    read_generation_config,
+)
 from mlx_llama.options import ConvertOptions
+from mlx_llama.sampling import sampling_defaults
 from mlx_llama.strict_json import load_json
 from mlx_llama.tokenizer import Tokenizer, open_tokenizer
 from mlx_llama.weights import EMBEDDING, OUTPUT
@@ -76,16 +83,17 @@ def open_meta(folder: Path, options: ConvertOptions, name: str | None = None) ->
     kind = _decide_kind(folder, params, tokenizer, rope, weights.is_tied, options, name)
     config = _config(params, weights, rope, kind)
     check_vocabulary(tokenizer, config.vocab_size, is_padded=False)
+    generation, said = _generation_beside(folder)
     return SourceModel(
         path=folder,
         layout=f"Meta checkpoint, {len(shards)} file{'s' if len(shards) > 1 else ''}",
-        files=(*weights.files, params_path, tokenizer.path, *rope.files),
+        files=(*weights.files, params_path, tokenizer.path, *rope.files, *said),
         config=config,
         kind=kind,
         rope=rope.reason,
         tokenizer=tokenizer,
         weights=CheckpointWeights(config, weights.tensors, is_interleaved=True),
-        generation=None,
+        generation=generation,
         notes=(*weights.notes, *rope.notes, *_doubts(kind, rope)),
     )
 
@@ -175,14 +183,29 @@ def _decide_rope(
 
 def _scaling_beside(folder: Path) -> tuple[RopeScaling | None, tuple[Path, ...]]:
     """Return the RoPE scaling of a config.json that came with Meta's files, and its path."""
-    resolved = folder.resolve()
-    places = (folder, resolved.parent) if resolved.name == "original" else (folder,)
-    for path in (place / "config.json" for place in places):
+    for path in (place / "config.json" for place in _places(folder)):
         if path.is_file():
             raw = load_json(path, max_bytes=MAX_JSON_BYTES)
             scaling = rope_from_hf(raw)[1] if raw.get("model_type") == "llama" else None
             return scaling, () if scaling is None else (path,)
     return None, ()
+
+
+def _generation_beside(folder: Path) -> tuple[dict[str, Any] | None, tuple[Path, ...]]:
+    """Return the generation_config.json that came with Meta's files, and its path."""
+    for place in _places(folder):
+        if (generation := read_generation_config(place)) is not None:
+            path = place / GENERATION_NAME
+            # Refused here what would be written into a directory that does not load.
+            sampling_defaults(generation, where=str(path))
+            return generation, (path,)
+    return None, ()
+
+
+def _places(folder: Path) -> tuple[Path, ...]:
+    """Return where Hugging Face's repositories keep what they add to Meta's files."""
+    resolved = folder.resolve()
+    return (folder, resolved.parent) if resolved.name == "original" else (folder,)
 
 
 def _decide_kind(

@@ -9,11 +9,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_llama.errors import MlxLlamaError, OptionError
+from mlx_llama.errors import CheckpointError, MlxLlamaError, OptionError
 from mlx_llama.options import ConvertOptions
 from mlx_llama_convert import open_source
 from pth_writer import tiny_tensors, write_checkpoint
-from tiny_models import SPM_VOCAB, TIKTOKEN_VOCAB, meta_params, write_meta
+from tiny_models import SPM_VOCAB, TIKTOKEN_VOCAB, convert, meta_params, write_meta
 from tiny_tokenizers import write_spm
 
 OPTIONS = ConvertOptions()
@@ -178,3 +178,19 @@ def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     write_spm(folder / "tokenizer.model")
     with pytest.raises(MlxLlamaError, match="belongs to another model"):
         open_source(folder, OPTIONS)
+
+
+@pytest.mark.parametrize("below", ["", "original"])
+def test_recommended_sampling_beside_metas_files_is_kept(tmp_path: Path, below: str) -> None:
+    """It was left behind, and the directory recommended Meta's own temperature instead."""
+    folder = write_meta(tmp_path / "source" / below)
+    beside = tmp_path / "source" / "generation_config.json"
+    beside.write_text('{"do_sample": true, "temperature": 0.25, "eos_token_id": 99}')
+    target = convert(folder, tmp_path / "out")
+    made = json.loads((target / "generation_config.json").read_text())
+    assert (made["temperature"], made["eos_token_id"]) == (0.25, 2)
+    manifest = json.loads((target / "manifest.json").read_text())
+    assert "generation_config.json" in [file["name"] for file in manifest["source"]["files"]]
+    beside.write_text('{"temperature": "warm"}')
+    with pytest.raises(CheckpointError, match="temperature is 'warm'"):
+        open_source(folder, ConvertOptions())
