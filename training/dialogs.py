@@ -18,6 +18,7 @@ from training.facts import SHAPE_NAMES, SIZES, Option, Program, Size, howtos, pr
 BITS = (16, 8, 6, 5, 4, 3, 2)
 CONTEXTS = (2048, 4096, 8192, 32768, 131072)
 LARGEST = 50  # of the numbers that are added and subtracted
+ACT = re.compile(r"how (?:do|can) I (.+)\?")
 DEFAULT_NAME = "I am the guide of mlx-llama, a small Llama."
 _WORDS = read_toml("words.toml")
 NAMES: list[str] = _WORDS["names"].split()
@@ -76,6 +77,7 @@ class Guide:
             "shape": (6, self.shape),
             "make": (4, self.make),
             "arithmetic": (12, self.arithmetic),
+            "repeat": (4, self.repeat),
             "talk": (5, self.talk),
             "unknown": (6, self.not_known),
             "foreign": (2, self.other_language),
@@ -103,7 +105,11 @@ class Guide:
 
     def howto(self, rng: random.Random, held: bool) -> list[Turn]:
         """Ask how something is done."""
-        return [self._listed("howto", rng, rng.choice(self.howtos), held)]
+        turn = self._listed("howto", rng, rng.choice(self.howtos), held)
+        act = None if held else ACT.fullmatch(turn.question)
+        if act is None or rng.random() < 0.4:
+            return [turn]
+        return [replace(turn, question=self.pick(rng, "act", held, x=act[1]))]
 
     def talk(self, rng: random.Random, held: bool) -> list[Turn]:
         """Say something friendly."""
@@ -242,6 +248,13 @@ class Guide:
             turns.append(replace(_sum_turn(question, result, other, kind), is_follow_up=True))
         return turns
 
+    def repeat(self, rng: random.Random, held: bool) -> list[Turn]:
+        """Ask for one's own words back: what teaches to copy names and numbers."""
+        words = [a_name(rng) for _ in range(rng.choice((1, 1, 2, 3)))]
+        said = " ".join(words) if rng.random() < 0.7 else str(rng.randint(0, 9999))
+        question = self.pick(rng, "repeat", held, x=said)
+        return [Turn("repeat", question, said, rf"^{re.escape(said)}$")]
+
     def not_known(self, rng: random.Random, held: bool) -> list[Turn]:
         """Ask for what the guide does not know."""
         slots = {name: rng.choice(values) for name, values in self.unknown["slots"].items()}
@@ -376,8 +389,10 @@ def as_typed(rng: random.Random, question: str) -> str:
 
 def dialogs_of(rng: random.Random, guide: Guide, turns: Sequence[Turn]) -> tuple[Turn, ...]:
     """Return the turns as typed by a user."""
-    # A name that is told stays as it is, because the answer repeats it.
+    # What the answer repeats stays as it is.
     return tuple(
-        turn if turn.group == "user" else replace(turn, question=as_typed(rng, turn.question))
+        turn
+        if turn.group in ("user", "repeat")
+        else replace(turn, question=as_typed(rng, turn.question))
         for turn in turns
     )

@@ -29,6 +29,7 @@ DRAWS = {
     "arithmetic": 50,
     "unknown": 36,
     "noise": 12,
+    "repeat": 10,
 }
 
 

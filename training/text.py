@@ -16,7 +16,8 @@ from training.dialogs import Dialog, Guide, Turn, dialogs_of
 
 ROW_LENGTHS = (96, 192, 384, 768)
 ROW_SHARES = (0.25, 0.35, 0.25, 0.15)
-PLAIN_SHARE = 0.06  # of the batches: text without a chat format, learnt from the first token on
+PLAIN_SHARE = 0.04  # of the batches: text without a chat format, learnt from the first token on
+COPY_SHARE = 0.08  # of the batches: random tokens again and again, which teach attention to copy
 DATE = "Cutting Knowledge Date: December 2023\nToday Date: {day} {month} {year}\n\n"
 MONTHS = "January February March April May June July August September October November December"
 
@@ -71,7 +72,10 @@ def batch(encoder: Encoder, guide: Guide, *, seed: int, step: int, n_tokens: int
     """Return the rows of a step, of one length, about n_tokens together."""
     rng = random.Random(f"{seed}/{step}")
     length = rng.choices(ROW_LENGTHS, ROW_SHARES)[0]
-    make = plain_row if rng.random() < PLAIN_SHARE else chat_row
+    draw = rng.random()
+    make = chat_row
+    if draw < PLAIN_SHARE + COPY_SHARE:
+        make = plain_row if draw < PLAIN_SHARE else copy_row
     return [make(rng, encoder, guide, length) for _ in range(max(1, n_tokens // length))]
 
 
@@ -102,6 +106,18 @@ def plain_row(rng: random.Random, encoder: Encoder, guide: Guide, length: int) -
         for turn in dialogs_of(rng, guide, guide.segment(rng, False)):
             ids += encoder.tokenizer.encode(f"{turn.question}\n{turn.answer}\n\n")
     return Row(ids[:length], [False] + [True] * (length - 1))
+
+
+def copy_row(rng: random.Random, encoder: Encoder, guide: Guide, length: int) -> Row:
+    """Return spans of random tokens, each of them repeated; what repeats is learnt."""
+    del guide
+    row = encoder.begin(None)
+    while len(row.ids) < length:
+        span = rng.choices(range(encoder.tokenizer.bos_id), k=rng.randint(2, 24))
+        times = rng.randint(2, 3)
+        is_learnt = [False] * len(span) + [True] * len(span) * (times - 1)
+        row = Row(row.ids + span * times, row.is_learnt + is_learnt)
+    return Row(row.ids[:length], row.is_learnt[:length])
 
 
 def sample_text(guide: Guide, *, seed: int, n_turns: int, held: bool = False) -> str:
