@@ -236,7 +236,6 @@ def howtos(known: Program) -> list[dict[str, Any]]:
             raise LookupError(
                 f"howto.toml: {entry['say']!r} speaks of {', '.join(gone)}, which the program lacks"
             )
-        entry["say"] = entry["say"].replace(
-            "{commands}", f"mlx-llama has these commands: {', '.join(known.commands)}."
-        )
+        for field in ("say", "key"):
+            entry[field] = entry[field].replace("{commands}", ", ".join(known.commands))
     return entries
