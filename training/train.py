@@ -84,6 +84,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("out", type=Path, help="the folder to write, or to go on with")
     parser.add_argument("--minutes", type=float, default=60, help="of training in all (60)")
+    parser.add_argument("--steps", type=int, help="end after so many steps, whatever the time")
     parser.add_argument("--distill", type=Path, metavar="TEACHER", help="folder of a finished run")
     parser.add_argument("--batch-tokens", type=int, default=1024, help="of a step (1024)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (2)")
@@ -97,7 +98,7 @@ def train(
     """Take steps until the time is over; the rate follows the time that was used."""
     probes = probe_rows(encoder, guide)
     started, saved, recent = time.monotonic() - run.elapsed_s, time.monotonic(), []
-    while (done := (time.monotonic() - started) / (60 * options.minutes)) < 1:
+    while (done := share_done(run, options)) < 1:
         rows = batch(
             encoder, guide, seed=options.seed, step=run.step, n_tokens=options.batch_tokens
         )
@@ -122,6 +123,13 @@ def train(
             finish_save(run, probes)
             saved = time.monotonic()
     finish_save(run, probes)
+
+
+def share_done(run: Run, options: argparse.Namespace) -> float:
+    """Return how much of the run is over: of its steps where they are given, else of its time."""
+    if options.steps is not None:
+        return run.step / options.steps
+    return run.elapsed_s / (60 * options.minutes)
 
 
 def finish_save(run: Run, probes: list[Row]) -> None:

@@ -44,3 +44,38 @@ def test_a_written_checkpoint_gives_torchs_logits(
         expected = load(folder)(torch.tensor([ids]))[0].numpy()
     assert expected.std() > 0.1
     np.testing.assert_allclose(np.array(llama.logits(ids)), expected, atol=LOGIT_TOLERANCE)
+
+
+def test_a_run_is_taken_up_and_a_student_learns_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch = pytest.importorskip("torch")
+    from training import train
+
+    monkeypatch.setattr(train, "N_PROBES", 4)
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    teacher.mkdir()
+    train_tokenizer(teacher / "tokenizer.model", Guide(), seed=1, n_turns=2000)
+
+    def run(folder: Path, steps: int, *more: object) -> int:
+        arguments = [folder, "--steps", steps, "--batch-tokens", 128, *more]
+        monkeypatch.setattr("sys.argv", ["train", *map(str, arguments)])
+        train.main()
+        return torch.load(folder / "state.pt", weights_only=True)["step"]
+
+    assert run(teacher, 2) == 2
+    assert run(teacher, 3) == 3
+    assert run(student, 2, "--distill", teacher) == 2
+    err = capsys.readouterr().err
+    assert "vocabulary 2304, step 2" in err
+    assert "held-out answers right" in err
+    for folder in (teacher, student):
+        names = {path.name for path in folder.iterdir()}
+        wanted = {"consolidated.00.pth", "params.json", "tokenizer.model", "checklist.chk"}
+        assert names >= wanted | {"curve.svg", "taught.json"}
+    count, other = (
+        sum(weight.numel() for weight in train.load(folder).parameters())
+        for folder in (teacher, student)
+    )
+    assert 0.15 < other / count < 0.35
