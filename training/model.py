@@ -69,15 +69,21 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x: (B, L, dim); cos, sin: (L, head_dim / 2)."""
         batch, length, _ = x.shape
-        heads = [
-            layer(x).view(batch, length, -1, self.shape.head_dim).transpose(1, 2)  # (B, H, L, D)
+        width, n_kv = self.shape.head_dim, self.shape.n_kv_heads
+        query, key, value = (
+            layer(x).view(batch, length, -1, width).transpose(1, 2)  # (B, H or K, L, D)
             for layer in (self.wq, self.wk, self.wv)
-        ]
-        query, key = rotate(heads[0], cos, sin), rotate(heads[1], cos, sin)
-        repeats = self.shape.n_heads // self.shape.n_kv_heads
-        key, value = (h.repeat_interleave(repeats, dim=1) for h in (key, heads[2]))
-        out = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.wo(out.transpose(1, 2).reshape(batch, length, -1))
+        )
+        # Written out: on a CPU in bfloat16 PyTorch's fused attention makes a step a quarter slower.
+        # The heads of a group stand side by side, so one product serves them all.
+        query = rotate(query, cos, sin).reshape(batch, n_kv, -1, width)  # (B, K, H / K * L, D)
+        scores = query @ rotate(key, cos, sin).transpose(-1, -2)
+        scores = scores.view(batch, n_kv, -1, length, length).float() / math.sqrt(width)
+        later = torch.ones(length, length, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(later, -math.inf).softmax(-1).to(value.dtype)
+        out = weights.view(batch, n_kv, -1, length) @ value
+        out = out.view(batch, -1, length, width).transpose(1, 2)  # (B, L, H, D)
+        return self.wo(out.reshape(batch, length, -1))
 
 
 class FeedForward(nn.Module):
