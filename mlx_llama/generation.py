@@ -329,7 +329,8 @@ class _Draw:
         if self.log_probabilities is None:
             return None, ()
         scores = self.log_probabilities
-        best = mx.argsort(-scores)[: self.top]
+        best = mx.argpartition(-scores, min(self.top, scores.size) - 1)[: self.top]
+        best = best[mx.argsort(-scores[best])]  # few of a large vocabulary
         ids, values = cast(list[int], best.tolist()), cast(list[float], scores[best].tolist())
         return cast(float, scores[token_id].item()), tuple(zip(ids, values, strict=True))
 

@@ -1,6 +1,9 @@
 // Every operation of every instruction set against float64, over random shapes; prints what it did.
 //
 // Bounds: an error is measured against the sum of the magnitudes that were added, as rounding is.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -254,6 +257,30 @@ void check_pool() {
   }
 }
 
+// Whether the upper parts of vector registers are in use, where the processor tells.
+bool is_wide_in_use() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return false;
+  if (!__get_cpuid_count(0xd, 1, &a, &b, &c, &d) || !(a & 4)) return false;
+  asm volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(1));
+  return a & (1 << 2 | 1 << 6);  // upper halves of ymm0-15, of zmm0-15
+#else
+  return false;
+#endif
+}
+
+// After each operation the thread's vector registers must be as narrow code expects them.
+void check_registers(const Table& table) {
+  Pool pool(1);
+  auto left = [&](auto check) {
+    check(pool, table);
+    require(is_wide_in_use(), 0, 0, "wide registers in use");
+  };
+  for (int round = 0; round < 20; ++round) left(check_affine), left(check_rows);
+  for (int round = 0; round < 20; ++round) left(check_rotation), left(check_attention);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -274,6 +301,7 @@ int main(int argc, char** argv) {
       }
       for (float bad : {std::nanf(""), HUGE_VALF, -HUGE_VALF}) check_not_finite(pool, chosen(), bad);
     }
+    check_registers(chosen());
     std::printf("%s: as float64 says\n", name);
   }
   std::printf("%ld numbers checked\n", checks);
