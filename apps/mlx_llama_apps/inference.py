@@ -54,6 +54,7 @@ class _Job:
     work: Callable[[], Iterator[object]]
     cancel: threading.Event = field(default_factory=threading.Event)
     results: queue.SimpleQueue[object] = field(default_factory=queue.SimpleQueue)
+    is_call: bool = False  # given up by its caller before it began, it must not happen later
 
 
 class Inference(Generic[S]):
@@ -151,7 +152,7 @@ class Inference(Generic[S]):
             job.cancel.set()
 
     def _submit(self, work: Callable[[], Iterator[object]]) -> _Job:
-        job = _Job(work)
+        job = _Job(work, is_call=True)
         self._start(job)
         return job
 
@@ -177,6 +178,8 @@ class Inference(Generic[S]):
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             end = _End()
+            if job.is_call and job.cancel.is_set():
+                continue
             try:
                 for result in job.work():
                     job.results.put(result)

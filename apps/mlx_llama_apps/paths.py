@@ -10,7 +10,7 @@ from pathlib import Path
 
 import platformdirs
 
-from mlx_llama.errors import CheckpointError
+from mlx_llama.errors import CheckpointError, OptionError
 
 APP_NAME = "mlx-llama"
 
@@ -74,12 +74,20 @@ def default_output(source: Path, *, bits: int | None) -> Path:
     return models_folder() / (name if bits is None else f"{name}-{bits}bit")
 
 
+def user_path(text: str) -> Path:
+    """Return the path that a user wrote; OptionError for a home folder that nobody has."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise OptionError(f"{text}: there is no such user's home folder") from error
+
+
 def resolve_model(text: str) -> Path:
     """Return the folder that MODEL means: a path, or a name in the models folder.
 
     Raises CheckpointError with the command that would make a model of what was given.
     """
-    path = Path(text).expanduser()
+    path = user_path(text)
     if path.exists():
         return path
     is_name = Path(text).name == text and text not in ("", ".", "..")

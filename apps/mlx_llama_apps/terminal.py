@@ -13,7 +13,8 @@ from typing import Self, TextIO
 from mlx_llama.errors import MlxLlamaError
 
 # What a model (or a file it was fed) must not send to a terminal: C0 and C1 but tab and newline.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# Halves of surrogate pairs cannot be written at all; they come from bytes that were no UTF-8.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _CLEAR_LINE = "\r\x1b[2K"
 
 

@@ -257,10 +257,9 @@ def _files(argument: str) -> Iterable[tuple[str, int]]:
     """Yield the files and folders that a path may go on with."""
     folder, _, beginning = argument.rpartition("/")
     shown = f"{folder}/" if "/" in argument else ""
-    place = Path(shown or ".").expanduser()
     try:
-        entries = sorted(place.iterdir())
-    except OSError:
+        entries = sorted(Path(shown or ".").expanduser().iterdir())
+    except (OSError, RuntimeError):  # no such folder, or nobody's home
         return
     for entry in entries:
         is_hidden = entry.name.startswith(".") and not beginning.startswith(".")

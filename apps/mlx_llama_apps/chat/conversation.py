@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -219,7 +218,8 @@ class Conversation:
             "The context is full. s drops the oldest turns as needed and goes on, n begins a new "
             "chat, Enter leaves it as it is."
         )
-        choice = self._reader.choose("s, n or Enter?").lower()
+        answer = self._reader.choose("s, n or Enter?")
+        choice = answer.lower()
         if choice in ("s", "slide"):
             self.set("on_full", "slide")
             go_on()
@@ -227,7 +227,7 @@ class Conversation:
             self.clear()
             self._draft = draft
         else:
-            self._draft = draft
+            self._draft = draft or answer  # what was typed ahead of the question
 
     def retry(self) -> None:
         """Answer the last question anew, with another seed."""
@@ -356,7 +356,7 @@ class Conversation:
             self._attached.clear()
             self._view.say("no file goes with the next message")
             return
-        path = Path(name).expanduser()
+        path = paths.user_path(name)
         text = export.read_text(path, most_bytes=MAX_READ_BYTES)
         n_tokens = self._inference.call(lambda talk: talk.count_tokens(text))
         self._attached.append((path.name, text, n_tokens))

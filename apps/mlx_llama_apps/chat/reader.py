@@ -120,7 +120,9 @@ class Reader:
         self._disarm()
         try:
             # Ctrl-C is a key here; a signal that comes while the prompt closes is the caller's.
-            return unquoted(self._session.prompt(PROMPT, default=draft, handle_sigint=False))
+            text = self._session.prompt(PROMPT, default=draft, handle_sigint=False)
+            # Bytes that were no UTF-8 come as halves of surrogate pairs, which nothing can write.
+            return unquoted(text.encode("utf-8", "replace").decode("utf-8"))
         except EOFError:
             return None
 

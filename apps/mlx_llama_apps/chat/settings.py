@@ -278,12 +278,15 @@ def read_config(path: Path) -> Config | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{path}: cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise OptionError(f"{path}: no TOML: {error}") from error
     presets = raw.pop("presets", {})
     if not isinstance(presets, dict) or any(not isinstance(p, dict) for p in presets.values()):
         raise OptionError(f"{path}: presets: expected a table for each, such as [presets.coder]")
-    for where, values in ((str(path), raw), *((f"{path}: {n}", v) for n, v in presets.items())):
+    for where, values in (
+        (str(path), raw),
+        *((f"{path}: presets.{n}", v) for n, v in presets.items()),
+    ):
         for name in values:
             if name not in KEYS:
                 near = difflib.get_close_matches(name, KEYS, n=1)

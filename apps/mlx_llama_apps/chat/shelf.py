@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_llama.errors import OptionError
+from mlx_llama_apps import paths
 from mlx_llama_apps.chat import export, store
 from mlx_llama_apps.chat.reader import Reader
 from mlx_llama_apps.chat.settings import KEYS, Settings
@@ -109,7 +110,7 @@ class Shelf:
 
     def save(self, name: str) -> None:
         """Write the chat to a file."""
-        path = Path(name).expanduser()
+        path = paths.user_path(name)
         messages, model = self._inference.call(
             lambda talk: (talk.session.messages, talk.llama.path.name)
         )
@@ -132,7 +133,7 @@ class Shelf:
 
     def load(self, name: str) -> None:
         """Take up a chat from a file, as a new chat."""
-        chat = export.load(Path(name).expanduser())
+        chat = export.load(paths.user_path(name))
         self._take_settings(chat)
         how = self._inference.call(lambda talk: talk.resume(chat, is_saved=False))
         self.show_resumed(chat, how)

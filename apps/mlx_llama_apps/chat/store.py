@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -21,6 +22,7 @@ from mlx_llama.prompts import Message
 
 VERSION = 1
 LAST = "last"
+STALE_S = 3600
 MAX_CHAT_BYTES = 1 << 30
 
 
@@ -96,7 +98,10 @@ def read_chat(path: Path) -> SavedChat:
         data = path.read_bytes()
     except OSError as error:
         raise ChatError(f"{path}: cannot be read: {error.strerror}") from error
+    if not data.strip():
+        raise ChatError(f"{path}: not a chat of this program: it is empty")
     chat = SavedChat(path, nbytes=stat.st_size, changed=stat.st_mtime)
+    data = data.lstrip(b"\n")
     parts: list[Mapping[str, Any]] = []
     for number, line in enumerate(data.split(b"\n")):
         if not line.strip():
@@ -210,7 +215,12 @@ class ChatFile:
             ) from error
         except OSError as error:
             file.close()
-            on_trouble(f"{chat.path}: {error.strerror}; what is said from here on is not saved")
+            on_trouble(f"{chat.path}: {error.strerror}; it goes on in a file of its own")
+            header = {"model": chat.model, "created": chat.created, "tokenizer": chat.tokenizer}
+            settings = {"settings": dict(chat.settings)}
+            other = cls.new(chat.path.parent, header={**header, **settings}, on_trouble=on_trouble)
+            other._pending += [as_record(message) for message in chat.messages]
+            file = other
         file._written = list(chat.messages)
         return file
 
@@ -268,22 +278,26 @@ class ChatFile:
 
     def _append(self, records: list[dict[str, Any]], *, is_durable: bool) -> None:
         self._pending += records
+        is_new = self._fd is None
         try:
             if self._fd is None:
                 self._create()
             assert self._fd is not None
             lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self._pending)
             _write_whole(self._fd, lines.encode("utf-8", "surrogatepass"))
+            self._pending = []  # written, whether or not the disk says that it has it
             if is_durable:
                 os.fsync(self._fd)
         except OSError as error:
+            if is_new and self._pending and self._fd is not None:
+                self.path.unlink(missing_ok=True)  # nobody should find an empty one
+                self.close()
             if not self._is_failing:
                 self._is_failing = True
                 self._on_trouble(
                     f"the chat cannot be saved for now: {self.path.parent}: {error.strerror}"
                 )
             return
-        self._pending = []
         if self._is_failing:
             self._is_failing = False
             self._on_trouble("the chat is saved again, with what was missing")
@@ -384,12 +398,17 @@ def cache_file(folder: Path, chat_id: str) -> Path:
 
 
 def prune_caches(folder: Path, most_bytes: int) -> None:
-    """Remove the oldest caches until the rest takes at most so many bytes."""
+    """Keep the newest caches that take at most so many bytes together; remove all older ones.
+
+    What a writer that was killed has left goes, too, when it is an hour old.
+    """
     total = 0
     with contextlib.suppress(OSError):
         files = [(p.stat().st_mtime, p) for p in folder.glob("*.safetensors")]
         for _, path in sorted(files, reverse=True):
             total += path.stat().st_size
             if total > most_bytes:
-                total -= path.stat().st_size
+                path.unlink()
+        for path in folder.glob("*.partial"):
+            if time.time() - path.stat().st_mtime > STALE_S:
                 path.unlink()

@@ -185,10 +185,11 @@ class Talk:
 
     def clear(self) -> None:
         """Begin a new chat with the same settings; the one before stays as it was saved."""
+        opening = self._opening()  # first: what may be refused must not cost the talk
         self.keep_cache()
         self._close()
         self.session.clear()
-        self.session.messages = self._opening()
+        self.session.messages = opening
         self._begin_file()
         self._forget_counts()
 
@@ -268,7 +269,7 @@ class Talk:
         del self.session, self.llama  # two models may not fit
         try:
             self.llama, self._load_options = self._load(wanted), wanted
-        except MlxLlamaError:
+        except BaseException:
             self.llama = self._load(before)
             raise
         finally:
@@ -297,11 +298,6 @@ class Talk:
 
     def resume(self, chat: SavedChat, *, is_saved: bool = True) -> str:
         """Take up a saved chat; return how. is_saved: what follows goes into its file."""
-        file = None
-        if is_saved and self._folders.chats is not None:
-            file = ChatFile.resume(chat, self.notices.put)
-        self.keep_cache()
-        self._close()
         messages = chat.messages
         if chat.tokenizer != self.tokenizer:  # the ids would mean something else
             messages = [replace(m, token_ids=None) for m in messages]
@@ -310,7 +306,17 @@ class Talk:
             rest = messages[1:] if messages and messages[0].role == "system" else messages
             messages = [*self._opening(), *rest]
         elif messages and messages[0].role == "system":
+            if self.llama.kind.is_base:
+                raise OptionError(
+                    f"chat {chat.id} has a system prompt, and {self.llama.path.name} is a base "
+                    "model, which has no place for one; open it with an instruct model"
+                )
             self._settings.of_chat["system"] = messages[0].content
+        file = None
+        if is_saved and self._folders.chats is not None:
+            file = ChatFile.resume(chat, self.notices.put)
+        self.keep_cache()
+        self._close()
         self.session.clear()
         self.session.messages = list(messages)
         self._forget_counts()
@@ -340,7 +346,12 @@ class Talk:
             return f"it is read anew: {error}"
         self._told_forgotten = self.session.cache.forgotten
         self._measure()
-        return f"{len(self.session.tokens)} tokens restored, nothing of them is read anew"
+        held, shared = self.session.cached_share(date=self._settings.value("date"))
+        if shared < held:
+            return (
+                f"{held} tokens restored, {shared} of them begin this chat; the rest is read anew"
+            )
+        return f"{held} tokens restored, nothing of them is read anew"
 
     def keep_cache(self) -> str | None:
         """Save the cache of the chat that is open; say why not, where that is of interest."""

@@ -58,7 +58,8 @@ class View:
         """Print rows in columns; under each other where there is no room beside."""
         rows = [[visible(cell) for cell in row] for row in rows]
         n_columns = max((len(row) for row in rows), default=0)
-        if self.width < NARROW * n_columns:
+        first_width = max((cell_len(row[0]) for row in rows if row), default=0)
+        if self.width < max(NARROW * n_columns, first_width + NARROW * (n_columns - 1)):
             for first, *rest in rows:
                 self._console.print(Text(first, style="bold"))
                 for cell in filter(None, rest):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Pair = tuple[ModelDirectory, ModelDirectory]
 
 CONTEXT = 512  # llama-perplexity's
+FEW_TOKENS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def compare(
     b: str,
     /,
     *,
-    text: str | None = None,
+    text: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     context: int = CONTEXT,
     questions: Path | None = None,
     plot: Path | None = None,
@@ -160,6 +161,8 @@ def _comparison(
     )
     if windows.dropped:
         remark(f"the last {windows.dropped} of {len(ids)} tokens fill no window: left out")
+    if (n_scored := len(windows) * windows.n_scored) < FEW_TOKENS:
+        remark(f"{n_scored} tokens are scored, too few to trust: give some thousand words")
     if not comparison.is_resident:
         remark("both models do not fit into memory: each is read one layer at a time")
     if comparison.done:

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from mlx_llama.errors import OptionError
+from mlx_llama_apps import paths
+from mlx_llama_apps.chat import commands
 from mlx_llama_apps.chat.commands import COMMANDS, complete, parse
 from mlx_llama_apps.chat.settings import KEYS
+from mlx_llama_apps.terminal import visible
 
 
 @dataclass
@@ -134,3 +137,14 @@ def test_every_option_of_run_is_a_key() -> None:
     names = {n.lstrip("-").replace("-", "_") for a in arguments_of("run") for n in a.names}
     # What makes run another program is no setting of a chat: the operands, --raw and --json.
     assert names - {"MODEL", "PROMPT", "raw", "json"} <= set(KEYS)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "~nobody-of-that-name/"])
+def test_home_of_nobody_is_one_line(name: str) -> None:
+    with pytest.raises(OptionError, match="no such user's home folder"):
+        paths.user_path(name)
+    assert list(commands._files(name)) == []
+
+
+def test_halves_of_characters_are_shown_as_a_sign() -> None:
+    assert visible("a\ud800b\udce9\u202e") == "a\ufffdb\ufffd\ufffd"

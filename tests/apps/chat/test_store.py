@@ -202,3 +202,74 @@ def test_export_is_loaded_again(tmp_path: Path) -> None:
         (tmp_path / name).write_text(content, encoding="utf-8")
         with pytest.raises(ChatError):
             export.load(tmp_path / name)
+
+
+def test_disk_that_cannot_say_that_it_has_it_doubles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    troubles: list[str] = []
+    file = begin(tmp_path, troubles)
+    file.sync(TALK[:2])
+
+    def refuse(fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    file.sync(TALK)
+    file.sync([*TALK, Message("user", "again")])
+    assert len(troubles) == 1
+    assert read_chat(file.path).messages == [*TALK, Message("user", "again")]
+
+
+def test_first_write_that_fails_leaves_no_empty_chat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, write = begin(tmp_path), os.write
+
+    def refuse(fd: int, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", refuse)
+    file.sync(TALK)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(os, "write", write)
+    file.sync([*TALK, Message("user", "again")])
+    assert read_chat(file.path).messages == [*TALK, Message("user", "again")]
+
+
+def test_empty_file_is_no_chat(tmp_path: Path) -> None:
+    (tmp_path / "20260101-000000.jsonl").touch()
+    begin(tmp_path).sync(TALK)
+    assert find_chat(tmp_path, "last").messages == TALK
+
+
+def test_chat_that_cannot_be_written_goes_on_whole_in_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = begin(tmp_path)
+    file.sync(TALK)
+    file.close()
+    real, troubles = os.open, list[str]()
+
+    def refuse(path: Path, flags: int, mode: int = 0o777) -> int:
+        if path == file.path and not flags & os.O_CREAT and flags & os.O_RDWR:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    other = ChatFile.resume(read_chat(file.path), troubles.append)
+    other.sync([*TALK, Message("user", "again")])
+    assert other.path != file.path and len(troubles) == 1
+    assert read_chat(other.path).messages == [*TALK, Message("user", "again")]
+    assert read_chat(file.path).messages == TALK
+
+
+def test_nothing_older_than_a_removed_cache_stays(tmp_path: Path) -> None:
+    for age, (name, nbytes) in enumerate([("new", 150), ("middle", 100), ("old", 30)]):
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(b"x" * nbytes)
+        os.utime(path, (1000 - age, 1000 - age))
+    (tmp_path / "x.safetensorsabc.partial").touch()
+    os.utime(tmp_path / "x.safetensorsabc.partial", (1000, 1000))
+    prune_caches(tmp_path, 200)
+    assert [path.name for path in tmp_path.iterdir()] == ["new.safetensors"]
