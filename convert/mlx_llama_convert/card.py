@@ -36,10 +36,7 @@ def model_card(manifest: dict[str, Any]) -> str:
         "|---|---|---|",
         *(f"| {f['name']} | {f['bytes']:,} | `{f['sha256']}` |" for f in source["files"]),
         "",
-        "## Verified",
-        "",
-        _verified(manifest["verification"]),
-        "",
+        *_verified(manifest),
         *_lost(manifest),
         "The license of the source's weights applies to these, too.",
     ]
@@ -52,14 +49,19 @@ def _origin(source: dict[str, Any]) -> str:
     return f" ({source['repository']}, commit {source['commit']})"
 
 
-def _verified(result: dict[str, Any] | None) -> str:
-    if result is None:
-        return "Not compared with the source (`--verify` does so)."
-    return (
-        f"{result['tokens']} tokens through the source's weights and these: same likeliest token "
-        f"{result['same_top'] * 100:.1f} %, mean KL divergence {result['mean_kl']:.3g}, largest "
-        f"difference of a logit {result['largest_difference']:.3g}."
-    )
+def _verified(manifest: dict[str, Any]) -> list[str]:
+    """Return what `--verify` found; nothing where the certificate says more."""
+    result = manifest["verification"]
+    if result is None and manifest["certificate"] is not None:
+        return []
+    text = "Not compared with the source (`--verify` does so)."
+    if result is not None:
+        text = (
+            f"{result['tokens']} tokens through the source's weights and these: same likeliest "
+            f"token {result['same_top'] * 100:.1f} %, mean KL divergence {result['mean_kl']:.3g}, "
+            f"largest difference of a logit {result['largest_difference']:.3g}."
+        )
+    return ["## Verified", "", text, ""]
 
 
 def _lost(manifest: dict[str, Any]) -> list[str]:
