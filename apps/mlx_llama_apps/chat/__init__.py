@@ -1,9 +1,9 @@
 """`mlx-llama chat`: a conversation in the terminal, made of parts that know little of each other.
 
-`talk` is the conversation on the inference thread, with `store`, its file; `commands` the table of
-what begins with a slash, with `settings`; `view` all that is drawn, with `blocks` and `markdown`;
-`reader` the keyboard. `conversation` joins them, with `shelf` for the saved chats; `command` reads
-the flags.
+`talk` is the conversation on the inference thread, with `store`, its file, and `folders`, where all
+files are; `commands` the table of what begins with a slash, with `settings`; `view` all that is
+drawn, with `blocks` and `markdown`; `reader` the keyboard. `conversation` joins them, with `shelf`
+for the saved chats; `command` reads the flags.
 """
 
 from mlx_llama_apps.chat.command import chat, with_optional_values

@@ -57,7 +57,7 @@ def chat(
     preset
         a preset of the configuration file: its values go before the file's defaults
     """
-    from mlx_llama_apps.chat import store
+    from mlx_llama_apps.chat.folders import find_chat
     from mlx_llama_apps.chat.settings import Settings, read_config
     from mlx_llama_apps.chat.talk import Folders
 
@@ -66,7 +66,7 @@ def chat(
     wanted = {name: value for name, value in texts.items() if value is not None}
     for some in (chat_flags, flags, context_flags, load_flags):
         wanted |= given(some)
-    saved = None if resume is None else store.find_chat(paths.chats_folder(), resume)
+    saved = None if resume is None else find_chat(paths.chats_folder(), resume)
     # A wrong option is told before the model is loaded.
     settings = Settings(
         flags=wanted,

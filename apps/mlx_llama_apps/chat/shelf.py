@@ -6,10 +6,11 @@ from pathlib import Path
 
 from mlx_llama.errors import OptionError
 from mlx_llama_apps import paths
-from mlx_llama_apps.chat import export, store
+from mlx_llama_apps.chat import export
+from mlx_llama_apps.chat.folders import cache_file, find_chat, is_open, saved_chats
 from mlx_llama_apps.chat.reader import Reader
 from mlx_llama_apps.chat.settings import KEYS, Settings
-from mlx_llama_apps.chat.store import ChatError, SavedChat
+from mlx_llama_apps.chat.store import ChatError, SavedChat, read_chat
 from mlx_llama_apps.chat.talk import Folders, Talk
 from mlx_llama_apps.chat.view import View
 from mlx_llama_apps.inference import Inference
@@ -48,22 +49,22 @@ class Shelf:
         chat = self._chat_named(rest.strip())
         if chat.id == self._inference.call(lambda talk: talk.chat_id):
             raise ChatError(f"chat {chat.id} is the one that is open; /clear begins another")
-        if store.is_open(chat):
+        if is_open(chat):
             raise ChatError(f"chat {chat.id} is open in another window")
         title = first_line(chat.title)
         if self._reader.choose(f"Delete {chat.id}, {title}? y/N").lower() in ("y", "yes"):
             chat.path.unlink()
-            store.cache_file(self._folders.caches, chat.id).unlink(missing_ok=True)
+            cache_file(self._folders.caches, chat.id).unlink(missing_ok=True)
             self._view.say(f"{chat.id} is deleted")
 
     def _list_chats(self, folder: Path) -> None:
-        self._listed = store.saved_chats(folder)
+        self._listed = saved_chats(folder)
         if not self._listed:
             self._view.say("no chat is saved yet")
             return
         rows = []
         for number, chat in enumerate(self._listed, 1):
-            cache = store.cache_file(self._folders.caches, chat.id)
+            cache = cache_file(self._folders.caches, chat.id)
             kept = f" + cache {size(cache.stat().st_size)}" if cache.is_file() else ""
             turns = "1 turn" if chat.n_turns == 1 else f"{chat.n_turns} turns"
             about = f"{turns}, {size(chat.nbytes)}{kept}"
@@ -74,8 +75,8 @@ class Shelf:
     def _chat_named(self, name: str) -> SavedChat:
         assert self._folders.chats is not None
         if name.isdecimal() and 1 <= int(name) <= len(self._listed):
-            return store.read_chat(self._listed[int(name) - 1].path)
-        return store.find_chat(self._folders.chats, name)
+            return read_chat(self._listed[int(name) - 1].path)
+        return find_chat(self._folders.chats, name)
 
     def resume(self, chat: SavedChat) -> None:
         """Take up a saved chat and show where it ended."""

@@ -1,4 +1,4 @@
-"""Chats on disk: one JSONL file each, written as it goes; and the caches of the newest ones.
+"""A chat on disk: one JSONL file, written as it goes.
 
 A line that is whole counts, a torn last one does not, so that a crash loses what was being written
 and nothing else. An open chat's file is locked: two programs never write to one.
@@ -10,8 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -21,8 +20,6 @@ from mlx_llama.errors import MlxLlamaError
 from mlx_llama.prompts import Message
 
 VERSION = 1
-LAST = "last"
-STALE_S = 3600
 MAX_CHAT_BYTES = 1 << 30
 
 
@@ -340,75 +337,3 @@ def _end_last_line(fd: int) -> None:
     size = os.fstat(fd).st_size
     if size and os.pread(fd, 1, size - 1) != b"\n":
         os.write(fd, b"\n")
-
-
-# --- all of them --------------------------------------------------------------------------------
-
-
-def saved_chats(folder: Path) -> list[SavedChat]:
-    """Return the chats in a folder, the newest first; files that are none are passed over."""
-    return sorted(_readable(folder), key=lambda chat: (chat.changed, chat.id), reverse=True)
-
-
-def _readable(folder: Path) -> Iterator[SavedChat]:
-    with contextlib.suppress(OSError):
-        for path in list(folder.glob("*.jsonl")):
-            with contextlib.suppress(ChatError):
-                yield read_chat(path)
-
-
-def find_chat(folder: Path, name: str) -> SavedChat:
-    """Return the chat of an ID or of its beginning, "last" for the newest. ChatError for none."""
-    if name == LAST:
-        chats = saved_chats(folder)
-        if not chats:
-            raise ChatError(f"--resume: no chat is saved in {folder}")
-        return chats[0]
-    exact = folder / f"{name}.jsonl"
-    if Path(name).name == name and exact.is_file():
-        return read_chat(exact)
-    found = sorted(path for path in folder.glob("*.jsonl") if path.stem.startswith(name))
-    if len(found) == 1:
-        return read_chat(found[0])
-    if found:
-        names = ", ".join(path.stem for path in found[:5])
-        raise ChatError(f"--resume {name}: {len(found)} chats begin so: {names}")
-    newest = ", ".join(chat.id for chat in saved_chats(folder)[:3]) or "none"
-    raise ChatError(f"--resume {name}: no chat of that ID in {folder}; the newest: {newest}")
-
-
-def is_open(chat: SavedChat) -> bool:
-    """Whether some program is writing to a chat."""
-    try:
-        fd = os.open(chat.path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(fd)
-    return False
-
-
-def cache_file(folder: Path, chat_id: str) -> Path:
-    """Return where a chat's cache is kept."""
-    return folder / f"{chat_id}.safetensors"
-
-
-def prune_caches(folder: Path, most_bytes: int) -> None:
-    """Keep the newest caches that take at most so many bytes together; remove all older ones.
-
-    What a writer that was killed has left goes, too, when it is an hour old.
-    """
-    total = 0
-    with contextlib.suppress(OSError):
-        files = [(p.stat().st_mtime, p) for p in folder.glob("*.safetensors")]
-        for _, path in sorted(files, reverse=True):
-            total += path.stat().st_size
-            if total > most_bytes:
-                path.unlink()
-        for path in folder.glob("*.partial"):
-            if time.time() - path.stat().st_mtime > STALE_S:
-                path.unlink()

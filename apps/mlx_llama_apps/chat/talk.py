@@ -20,7 +20,7 @@ from mlx_llama.errors import MlxLlamaError, OptionError
 from mlx_llama.options import ContextOptions
 from mlx_llama.prompts import PlainFormat
 from mlx_llama.sampling import bias_by_token
-from mlx_llama_apps.chat import store
+from mlx_llama_apps.chat.folders import cache_file, prune_caches
 from mlx_llama_apps.chat.settings import Settings
 from mlx_llama_apps.chat.store import ChatFile, SavedChat
 from mlx_llama_apps.terminal import size
@@ -337,7 +337,7 @@ class Talk:
             return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
     def _restore_cache(self, chat: SavedChat) -> str:
-        path = store.cache_file(self._folders.caches, chat.id)
+        path = cache_file(self._folders.caches, chat.id)
         if not path.is_file():
             return "its cache was not kept: it is read anew"
         try:
@@ -366,9 +366,9 @@ class Talk:
         folder = self._folders.caches
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            store.prune_caches(folder, max(0, most - nbytes))
-            session.save_cache(store.cache_file(folder, chat_id))
-            store.prune_caches(folder, most)
+            prune_caches(folder, max(0, most - nbytes))
+            session.save_cache(cache_file(folder, chat_id))
+            prune_caches(folder, most)
         except OSError as error:
             return f"its cache is not kept: {folder}: {error.strerror}"
         return None

@@ -11,15 +11,8 @@ import pytest
 
 from mlx_llama.prompts import Message
 from mlx_llama_apps.chat import export
-from mlx_llama_apps.chat.store import (
-    ChatError,
-    ChatFile,
-    find_chat,
-    is_open,
-    prune_caches,
-    read_chat,
-    saved_chats,
-)
+from mlx_llama_apps.chat.folders import find_chat, is_open, prune_caches, saved_chats
+from mlx_llama_apps.chat.store import ChatError, ChatFile, read_chat
 
 TALK = [
     Message("system", "be brief"),
