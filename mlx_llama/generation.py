@@ -187,7 +187,7 @@ def generate(model: LlamaModel, cache: KVCache, request: Request) -> Generator[S
     Raises ContextOverflowError when prompt and one token do not fit.
     """
     n_prompt, asked = len(request.ids), request.options.max_tokens
-    room = _room(cache, n_prompt)
+    room = room_for_answer(cache, n_prompt)
     budget, full = (room, "context") if asked is None or asked > room else (int(asked), "length")
     mx.reset_peak_memory()
     clock = _Clock(cached_tokens=cache.offset)
@@ -225,8 +225,11 @@ def generate(model: LlamaModel, cache: KVCache, request: Request) -> Generator[S
         draw = following
 
 
-def _room(cache: KVCache, n_prompt: int) -> float:
-    """Return how many tokens an answer may have; infinitely many where the context slides."""
+def room_for_answer(cache: KVCache, n_prompt: int) -> float:
+    """Return how many tokens an answer may have; infinitely many where the context slides.
+
+    Raises ContextOverflowError when there is none for even one.
+    """
     if cache.slides:
         return math.inf
     if n_prompt >= cache.capacity:

@@ -9,51 +9,29 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_llama.cache import KVCache, load_cache, save_cache
 from mlx_llama.context import Context, plan_context
 from mlx_llama.errors import OptionError
-from mlx_llama.generation import OnForget, OnPrefill, Request, Step, generate
-from mlx_llama.options import ContextOptions, GenerationOptions, generation_options
+from mlx_llama.generation import (
+    OnForget,
+    OnPrefill,
+    Request,
+    Step,
+    generate,
+    room_for_answer,
+)
+from mlx_llama.options import ContextOptions, generation_options
 from mlx_llama.prompts import Message, PromptFormat, as_messages
 from mlx_llama.sampling import Sampler, bias_by_token
+from mlx_llama.turn import Turn, n_shared
 
 if TYPE_CHECKING:
     from mlx_llama.llama import Llama
-
-
-# Why an answer ends that has not come to its own end, and can be continued; None: it was closed.
-CUTS = (None, "cancelled", "timeout", "length", "context")
-
-
-@dataclass(slots=True)
-class _Turn:
-    """One answer on its way. given: the messages it answers, None for a plain text.
-
-    opening: how many first ids are the system's, and kept when the context slides. steps: set when
-    it has begun. taken: what it has yielded. begun: the cut answer that it continues.
-    """
-
-    ids: list[int]
-    options: GenerationOptions
-    at_start: bool
-    on_prefill: OnPrefill | None
-    on_forget: OnForget | None
-    cancel: threading.Event | None
-    given: list[Message] | None = None
-    opening: int = 0
-    begun: Message | None = None
-    steps: Generator[Step] | None = None
-    taken: list[Step] = field(default_factory=list)
-
-    @property
-    def answer(self) -> list[int]:
-        """The tokens that it has yielded."""
-        return [step.token_id for step in self.taken if step.token_id is not None]
 
 
 class Session:
@@ -77,7 +55,7 @@ class Session:
         self._options = options
         self._is_single = is_single
         self._given_format = prompt_format
-        self._turn: _Turn | None = None
+        self._turn: Turn | None = None
         self._starts: dict[int, int] = {}  # by number of messages: tokens that a turn began with
         self.messages: list[Message] = []
         self.tokens: list[int] = []
@@ -117,7 +95,8 @@ class Session:
         """Answer messages, which become the session's, with the answer behind them.
 
         An answer that is cut (cancelled, closed early, out of tokens or time) is kept as far as it
-        went, and marked; after an error the session is as it was before.
+        went, and marked; after an error the session is as it was before, and so it is when an
+        answer that takes another's place is cut before its first token.
         date: shown in the system block of the formats that have one; None leaves the block out.
         """
         checked = generation_options(options)
@@ -129,7 +108,7 @@ class Session:
         at_start = prompt.strips_leading_space
         opening = self._opening(given, date)
         return self._steps(
-            _Turn(ids, checked, at_start, on_prefill, on_forget, cancel, given, opening)
+            Turn(ids, checked, at_start, on_prefill, on_forget, cancel, given, opening)
         )
 
     def retry(self, **options: Any) -> Iterator[Step]:
@@ -149,21 +128,21 @@ class Session:
         cancel: threading.Event | None = None,
         **options: Any,
     ) -> Iterator[Step]:
-        """Go on with an answer that was cut; with its seed it goes on as if it had not been.
+        """Go on with an answer that was cut as if it had not been: with its seed, if none is given.
 
         Yields what follows. Raises OptionError when the last message is no cut answer.
         """
         self._supersede()
         if not self.can_continue:
             raise OptionError("no answer was cut: there is nothing to continue")
-        checked = generation_options(options)
         given, begun, prompt = self.messages[:-1], self.messages[-1], self.prompt_format
+        checked = generation_options({"seed": begun.seed, **options})
         encoded = prompt.encode(self.messages, date=date, continue_last=True)
         at_start = prompt.strips_leading_space and not begun.content
         if begun.token_ids:
             at_start = prompt.strips_leading_space
         return self._steps(
-            _Turn(
+            Turn(
                 self._llama.prompt_ids(encoded), checked, at_start, on_prefill, on_forget, cancel,
                 given, self._opening(given, date), begun,
             )
@@ -174,7 +153,7 @@ class Session:
         """Whether the last message is an answer that was cut."""
         return bool(self.messages) and self.messages[-1].is_cut
 
-    def undo(self) -> str:
+    def undo(self, *, date: str | None = None) -> str:
         """Take back the last question with its answer; return the question.
 
         The cache is trimmed to where the turn began, so that the next one prefills its own tokens.
@@ -184,7 +163,10 @@ class Session:
         number = self._last_question()
         text = self.messages[number].content
         self.messages = self.messages[:number]
-        start = min(self._starts.pop(number, self.cache.offset), self.cache.offset)
+        if number in self._starts or not self.tokens:
+            start = min(self._starts.pop(number, 0), self.cache.offset)
+        else:  # said before this session took it up
+            _, start = self.cached_share(date=date)
         if not self.cache.window.is_lost(start):
             self.cache.trim(self.cache.offset - start, gives_back=False)
             del self.tokens[start:]
@@ -206,7 +188,7 @@ class Session:
         is_open = bool(self.messages) and self.messages[-1].role == "assistant"
         asked = [*self.messages, Message("user", "a")] if is_open or not self.messages else None
         ids = self.prompt_format.encode(asked or self.messages, date=date)
-        return len(self.tokens), _shared(self.tokens, ids)
+        return len(self.tokens), n_shared(self.tokens, ids)
 
     def complete(
         self,
@@ -223,7 +205,7 @@ class Session:
         tokenizer = self._llama.tokenizer
         # A text's first space is the tokenizer's own; behind other text it is the answer's.
         at_start = not any(tokenizer.token_bytes(token) for token in ids)
-        return self._steps(_Turn(ids, checked, at_start, on_prefill, on_forget, cancel))
+        return self._steps(Turn(ids, checked, at_start, on_prefill, on_forget, cancel))
 
     def clear(self) -> None:
         """Forget everything: messages, tokens and cache."""
@@ -288,13 +270,13 @@ class Session:
         system = [m for m in messages[:1] if m.role == "system"]
         encode = self.prompt_format.encode
         texts = [encode([*system, Message("user", text)], date=date) for text in ("a", "b")]
-        return _shared(*texts)
+        return n_shared(*texts)
 
-    def _steps(self, turn: _Turn) -> Iterator[Step]:
+    def _steps(self, turn: Turn) -> Iterator[Step]:
         """Generate; afterwards `tokens` and `messages` are what was computed and said."""
         self._supersede()
         self._turn = turn
-        before = self.messages
+        turn.before = self.messages
         if turn.given is not None:
             self.messages = turn.given
         try:
@@ -302,7 +284,8 @@ class Session:
                 limit = turn.options.max_tokens
                 self._decide(needed=None if limit is None else len(turn.ids) + max(limit, 1))
             request = self._request(turn)
-            self._reuse(turn.ids, self.context.kept(turn.opening))
+            room_for_answer(self.cache, len(turn.ids))  # before anything is trimmed
+            self._reuse(turn)
             if turn.given and turn.begun is None:
                 number, start = len(turn.given) - 1, self.cache.offset
                 self._starts[number] = min(start, self._starts.get(number, start))
@@ -313,41 +296,33 @@ class Session:
         finally:
             if self._turn is turn:
                 self._settle(turn)
-                if not turn.taken:
-                    self.messages = before
 
     def _supersede(self) -> None:
         """End the answer that is still on its way; who iterates over it gets no more steps."""
         if self._turn is not None:
             self._settle(self._turn)
 
-    def _settle(self, turn: _Turn) -> None:
+    def _settle(self, turn: Turn) -> None:
         """Close a turn's generator; bring tokens and messages in line with what it did."""
         self._turn = None
+        if turn.given is not None:
+            self.messages = turn.messages()
         if turn.steps is None:
             return
         turn.steps.close()
-        answer = turn.answer
-        known = [*turn.ids, *answer]
+        known = [*turn.ids, *turn.answer]
         # A step that was queued early may have cached a token that was never read.
         self.cache.trim(max(0, self.cache.offset - len(known)))
         self.tokens = known[: self.cache.offset]
-        if turn.given is None or not turn.taken:
-            return
-        reason = turn.taken[-1].finish_reason
-        # A stop text is not part of the answer, but its tokens are among the ids.
-        kept = None if reason == "stop" else tuple(answer[:-1] if reason == "eos" else answer)
-        text = "".join(step.text for step in turn.taken)
-        if turn.begun is not None:
-            text = turn.begun.content + text
-            kept = None if kept is None or turn.begun.token_ids is None else (
-                *turn.begun.token_ids, *kept
-            )  # fmt: skip
-        self.messages = [*turn.given, Message("assistant", text, kept, reason in CUTS)]
+        if turn.trimmed and not turn.answer and self.messages is turn.before:
+            # Only rows of the same tokens were written to: those behind them are as they were.
+            self.tokens = turn.trimmed
+            self.cache.recount(len(self.tokens) - self.cache.offset)
 
-    def _request(self, turn: _Turn) -> Request:
+    def _request(self, turn: Turn) -> Request:
         llama = self._llama
         filled = llama.sampling_defaults.fill(turn.options)
+        turn.seed = filled.seed
         begun = turn.begun.token_ids or () if turn.begun is not None else ()
         sampler = Sampler(
             filled,
@@ -370,22 +345,17 @@ class Session:
             n_shown=len(turn.begun.content) if turn.begun is not None and begun else 0,
         )
 
-    def _reuse(self, ids: Sequence[int], keep: int) -> None:
-        """Trim the cache to what it shares with ids; the last id is always computed."""
-        shared = _shared(self.tokens, ids[:-1])
-        cache = self.cache
+    def _reuse(self, turn: Turn) -> None:
+        """Trim the cache to what it shares with a turn's ids; the last id is always computed."""
+        cache, ids, keep = self.cache, turn.ids, self.context.kept(turn.opening)
+        shared = n_shared(self.tokens, ids[:-1])
+        is_retry = 0 < len(ids) - 1 == shared < cache.offset and cache.window.is_straight
+        if is_retry and self.tokens[shared] == ids[shared]:
+            turn.trimmed = list(self.tokens)
         is_missing = cache.forgotten > 0 and keep != cache.keep
         if is_missing or cache.window.is_lost(shared):
             # What was forgotten is computed anew, from where nothing is missing.
             shared = min(shared, keep, cache.keep)
-        cache.trim(cache.offset - shared)
+        cache.trim(cache.offset - shared, gives_back=not turn.trimmed)
         cache.keep_first(keep)
         del self.tokens[shared:]
-
-
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many first ids two texts have in common."""
-    for number, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return number
-    return min(len(one), len(other))

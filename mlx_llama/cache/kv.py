@@ -269,6 +269,17 @@ class KVCache:
             mx.eval(self.arrays)
             mx.clear_cache()
 
+    def recount(self, n_tokens: int) -> None:
+        """Count tokens again that `trim` forgot without giving their rows back.
+
+        That nothing else was written to those rows meanwhile is the caller's word. ValueError where
+        tokens were forgotten behind them, or the rows are no more.
+        """
+        if not self.window.is_straight or self.offset + n_tokens > self._rows:
+            raise ValueError(f"cannot count {n_tokens} tokens again behind {self.offset}")
+        self._finish_upkeep()
+        self.window.advance(n_tokens)
+
     def keep_first(self, n_tokens: int) -> None:
         """Choose anew how many first tokens are kept; what has been forgotten leaves no choice.
 

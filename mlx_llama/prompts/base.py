@@ -6,7 +6,7 @@ Owns `Message`, the check of what callers pass as messages, and the protocol of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from mlx_llama.errors import OptionError, TokenizerError
@@ -22,13 +22,15 @@ class Message:
     role: one of ROLES; "ipython" is Llama 3's word for "tool". token_ids: of an answer, the tokens
     that the model generated, without the one that ended it; they stand for the content in later
     prompts, which then extend what a cache holds. is_cut: the answer did not come to its own end,
-    and can be continued.
+    and can be continued. seed: what an answer was drawn with, and goes on with; no part of what was
+    said, so that messages are compared without it.
     """
 
     role: str
     content: str
     token_ids: tuple[int, ...] | None = None
     is_cut: bool = False
+    seed: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:

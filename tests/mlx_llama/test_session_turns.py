@@ -11,7 +11,7 @@ import pytest
 
 import mlx_llama
 from mlx_llama import Llama, Message, Session
-from mlx_llama.errors import OptionError
+from mlx_llama.errors import ContextOverflowError, OptionError
 from mlx_llama.options import ContextOptions
 from mlx_llama.prompts import PlainFormat
 
@@ -201,3 +201,71 @@ def test_question_without_an_answer_is_taken_back_by_the_next(chat_model: Path) 
     for each in (session, alone):
         list(each.ask("hello", max_tokens=4, seed=1))
     assert session.messages == alone.messages
+
+
+def test_answer_goes_on_with_its_own_seed(llama: Llama) -> None:
+    """Once the seed of the last answer was taken, whichever answer went on."""
+    options = {"temperature": 1.5, "top_p": 1.0, "ignore_eos": True}
+    whole, cut = begin(llama), begin(llama)
+    answer(whole, "hello", max_tokens=20, **{**options, "seed": 11})
+    answer(cut, "hello", max_tokens=6, **{**options, "seed": 11})
+    assert cut.messages[-1].seed == 11
+    answer(cut, "the", max_tokens=6, **{**options, "seed": 12})
+    cut.undo()
+    list(cut.continue_answer(max_tokens=14, **options))
+    assert cut.messages == whole.messages
+    assert cut.messages[-1].seed == 11
+
+
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_answer_that_nothing_takes_the_place_of_comes_back(llama: Llama, is_edited: bool) -> None:
+    """Stopped before its first token, a retry threw the answer away that it was to replace."""
+    options = {"temperature": 1.0, "ignore_eos": True, "max_tokens": 8}
+    session, other = begin(llama), begin(llama)
+    for each in (session, other):
+        answer(each, "hello", **options)
+        answer(each, "the thing", **options)
+    before, tokens = list(session.messages), list(session.tokens)
+    cancel = threading.Event()
+    cancel.set()
+    asked = [*before[:2], Message("user", "world")]
+    again = session.stream(asked, cancel=cancel) if is_edited else session.retry(cancel=cancel)
+    assert [step.finish_reason for step in again] == ["cancelled"]
+    assert session.messages == before
+    if not is_edited:
+        assert session.tokens == tokens
+        assert session.cache.offset == len(tokens)
+    costs = []
+    for each in (session, other):
+        *_, last = each.ask("a", **{**options, "temperature": 0})
+        assert last.stats is not None
+        costs.append(last.stats.prompt_tokens - last.stats.cached_tokens)
+    assert session.messages == other.messages  # the rows are those of the tokens
+    assert is_edited or costs[0] == costs[1]
+
+
+def test_refused_question_leaves_the_cache_as_it_was(chat_model: Path) -> None:
+    session = begin(mlx_llama.load(chat_model), context=64)
+    answer(session, "hello", max_tokens=4)
+    before, tokens = list(session.messages), list(session.tokens)
+    with pytest.raises(ContextOverflowError):
+        list(session.stream([Message("user", "the thing " * 60)]))
+    assert session.messages == before
+    assert session.tokens == tokens
+    assert session.cache.offset == len(tokens)
+
+
+def test_undo_trims_what_another_session_has_read(llama: Llama, tmp_path: Path) -> None:
+    """Where a turn began was unknown to a session that took it up, and nothing was trimmed."""
+    one = begin(llama)
+    answer(one, "hello", max_tokens=4)
+    n_first = len(one.tokens)
+    answer(one, "the thing", max_tokens=4)
+    one.save_cache(tmp_path / "cache")
+    other = begin(llama)
+    other.messages = list(one.messages)
+    other.load_cache(tmp_path / "cache")
+    assert other.undo() == "the thing"
+    assert n_first <= other.cache.offset < len(one.tokens)
+    held, shared = other.cached_share()
+    assert shared == held == other.cache.offset
