@@ -192,9 +192,6 @@ def generate(model: LlamaModel, cache: KVCache, request: Request) -> Generator[S
     mx.reset_peak_memory()
     clock = _Clock(cached_tokens=cache.offset)
     output = _Output(request)
-    if budget == 0:
-        yield clock.last_step(full, request, cache)
-        return
     cache.reserve(n_prompt - cache.offset + int(min(budget - 1, RESERVE_AHEAD)))
     logits = prefill(model, cache, request)
     if logits is None:

@@ -174,12 +174,12 @@ class GenerationOptions(SamplingOptions):
     """When an answer ends, and what is reported about it."""
 
     max_tokens: int | None = _option(
-        None, "end the answer after this many tokens (default: the context's end)", low=0
+        None, "end the answer after this many tokens (default: the context's end)", low=1
     )
     timeout: float | None = _option(
         None,
         "end the answer after this many seconds, reading the prompt included (default: never)",
-        low=0.0,
+        low=0.001,
         high=1e9,
     )
     stop: list[str] = _option([], "end the answer before this text; repeatable")

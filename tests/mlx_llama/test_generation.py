@@ -182,11 +182,11 @@ def test_cancelling_in_prefill_keeps_whole_slices(
     assert [s.token_id for s in again] == greedy_by_full_passes(llama, ids, 6)
 
 
-def test_no_tokens_asked_for_is_one_empty_step(llama: Llama) -> None:
-    (step,) = llama.stream("hello", max_tokens=0)
-    assert (step.token_id, step.text, step.finish_reason) == (None, "", "length")
-    assert step.stats is not None
-    assert step.stats.prompt_tokens_per_s == 0.0  # nothing was computed
+@pytest.mark.parametrize("nothing", [{"max_tokens": 0}, {"timeout": 0.0}])
+def test_no_answer_asked_for_is_refused(llama: Llama, nothing: dict[str, float]) -> None:
+    """Once it was an empty answer, which nobody means."""
+    with pytest.raises(OptionError, match="found 0"):
+        list(llama.stream("hello", **nothing))
 
 
 def test_prompt_rate_counts_what_was_computed(

@@ -186,7 +186,7 @@ def test_full_context_can_begin_to_slide(chat_model: Path) -> None:
 
 def test_answer_ends_when_its_time_is_up(llama: Llama) -> None:
     session = begin(llama)
-    *_, last = session.ask("hello", timeout=0.0)
+    *_, last = session.ask("hello", timeout=0.001)
     assert last.finish_reason == "timeout"
     assert session.can_continue
 

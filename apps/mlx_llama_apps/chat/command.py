@@ -17,9 +17,10 @@ from mlx_llama_apps.terminal import StatusLine, read_stdin, size
 
 if TYPE_CHECKING:
     from mlx_llama import Llama, Step
+    from mlx_llama_apps.chat.keeping import Folders
     from mlx_llama_apps.chat.settings import Settings
     from mlx_llama_apps.chat.store import SavedChat
-    from mlx_llama_apps.chat.talk import Folders, Talk
+    from mlx_llama_apps.chat.talk import Talk
     from mlx_llama_apps.inference import Inference
 
 LAST = "last"
@@ -57,23 +58,23 @@ def chat(
     preset
         a preset of the configuration file: its values go before the file's defaults
     """
-    from mlx_llama_apps.chat.folders import find_chat
-    from mlx_llama_apps.chat.settings import Settings, read_config
-    from mlx_llama_apps.chat.talk import Folders
+    from mlx_llama_apps.chat.keeping import Folders
+    from mlx_llama_apps.chat.settings import KEYS, Settings, read_config
 
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
     texts = {"system": system, "date": date}
     wanted = {name: value for name, value in texts.items() if value is not None}
     for some in (chat_flags, flags, context_flags, load_flags):
         wanted |= given(some)
-    saved = None if resume is None else find_chat(paths.chats_folder(), resume)
+    saved = None if resume is None else _saved(resume)
+    of_chat = {} if saved is None else saved.settings
     # A wrong option is told before the model is loaded.
     settings = Settings(
         flags=wanted,
         preset=preset,
         config=read_config(paths.config_file()),
         asks_when_full=is_interactive,
-        of_chat={} if saved is None else _usable(saved.settings, is_interactive),
+        of_chat={name: value for name, value in of_chat.items() if name in KEYS},
     )
     path = _model_path(model, saved, is_interactive)
     is_saved = not no_save and (is_interactive or saved is not None)
@@ -84,14 +85,14 @@ def chat(
         _answer_pipe(path, settings, folders, saved)
 
 
-def _usable(values: Mapping[str, Any], is_interactive: bool) -> dict[str, Any]:
-    """Return a chat's settings as they can be taken up here."""
-    from mlx_llama_apps.chat.settings import KEYS
+def _saved(name: str) -> SavedChat:
+    from mlx_llama_apps.chat.folders import find_chat
+    from mlx_llama_apps.chat.store import ChatError
 
-    kept = {name: value for name, value in values.items() if name in KEYS}
-    if not is_interactive and kept.get("on_full") == "ask":
-        del kept["on_full"]
-    return kept
+    try:
+        return find_chat(paths.chats_folder(), name)
+    except ChatError as error:
+        raise ChatError(f"--resume: {error}") from error
 
 
 def _model_path(model: str | None, saved: SavedChat | None, is_interactive: bool) -> Path:

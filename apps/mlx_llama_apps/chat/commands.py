@@ -165,7 +165,7 @@ _TABLE = (
             lambda chat, text: chat.read_file(text), "file", needs=1),
     Command("system", "[TEXT]", "show or set the system prompt; /system default brings it back",
             lambda chat, text: chat.system(text)),
-    Command("set", "[KEY [VALUE]]", "list settings, or change one; the value default resets it",
+    Command("set", "[KEY [VALUE]]", "list settings, or change one; the value default drops it",
             _set, "key"),
     Command("plain", "[on|off]", "show answers as they come, or as Markdown", _plain,
             ("on", "off")),
@@ -211,6 +211,11 @@ def parse(line: str) -> tuple[Command | None, str]:
     if len(argument.split()) < command.needs:
         raise OptionError(f"/{name}: {command.arguments} is missing")
     return command, argument
+
+
+def as_typed(message: str) -> str:
+    """Return how a message is typed, so that `parse` gives it back."""
+    return f"/{message}" if message.startswith("/") else message
 
 
 def complete(text: str) -> Iterable[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""The chat's loop: a line is read, a command is run or an answer streamed, until the user leaves.
+"""The chat's loop: a line is read, a command is run or a question asked, until the user leaves.
 
 Joins the three parts: the conversation on the inference thread, the commands and the view. Ctrl-C
 arrives here as a signal: it never breaks into what is being drawn or written.
@@ -8,28 +8,24 @@ from __future__ import annotations
 
 import queue
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING
 
-from mlx_llama.errors import ContextOverflowError, MlxLlamaError, OptionError
+from mlx_llama.errors import MlxLlamaError, OptionError
 from mlx_llama_apps import paths
 from mlx_llama_apps.chat import export
+from mlx_llama_apps.chat.answers import NOTHING, Answers, Attachment
 from mlx_llama_apps.chat.commands import complete, parse
-from mlx_llama_apps.chat.reader import Reader
-from mlx_llama_apps.chat.settings import Settings, key_named
+from mlx_llama_apps.chat.keeping import Folders
+from mlx_llama_apps.chat.reader import Line, Reader
+from mlx_llama_apps.chat.settings import Settings, key_named, with_keys
 from mlx_llama_apps.chat.shelf import Shelf, first_line
-from mlx_llama_apps.chat.talk import Folders, Talk
+from mlx_llama_apps.chat.talk import Talk
 from mlx_llama_apps.chat.view import View, meter_text, stats_parts
 from mlx_llama_apps.inference import Inference
-from mlx_llama_apps.progress import prefill_progress
 from mlx_llama_apps.terminal import StatusLine, size
-
-if TYPE_CHECKING:
-    from mlx_llama import Step
 
 MEMORY_SIGNS = ("unable to allocate", "out of memory", "outofmemory", "[malloc]", "[metal]")
 MEMORY_LINE = (
@@ -37,8 +33,6 @@ MEMORY_LINE = (
     "kv_bits 8, or a model of fewer bits"
 )
 MAX_READ_BYTES = 16 << 20
-
-Answering = Callable[[Talk, threading.Event, Callable[[int, int], None]], "Iterator[Step]"]
 
 
 class Conversation:
@@ -52,11 +46,9 @@ class Conversation:
         self._settings = settings
         self._talk = inference.call(lambda talk: talk)  # for what any thread may read
         self._reader = Reader(paths.history_file(), complete=complete, toolbar=self._toolbar)
+        self._answers = Answers(inference, view, self._reader, settings, self.clear)
         self.shelf = Shelf(inference, view, self._reader, settings, folders)
-        self._draft = ""  # offered with the next prompt
-        self._is_again = False  # the draft is a message that was stopped before its answer
-        self._is_editing = False  # the next message takes the place of the last question
-        self._attached: list[tuple[str, str, int]] = []  # name, text and tokens of files to send
+        self._offer = NOTHING  # what the prompt was begun with
         self._is_leaving = False
 
     def run(self) -> None:
@@ -65,16 +57,14 @@ class Conversation:
             try:
                 while not self._is_leaving:
                     self._tell()
-                    draft, self._draft = self._draft, ""
+                    self._offer = self._answers.offered()
                     # Not behind it: Ctrl-C right after Enter is meant for the answer.
                     self._inference.listen()
-                    line = self._reader.read(draft)
-                    is_editing, self._is_editing = self._is_editing, False
-                    is_again, self._is_again = self._is_again and line == draft, False
+                    line = self._reader.read(self._offer.text)
                     if line is None:
                         break
-                    if line.strip():
-                        self._try(partial(self._handle, line, is_editing, is_again))
+                    if line.text.strip():
+                        self._try(partial(self._handle, line))
             finally:
                 self._inference.listen()
                 self._end()
@@ -108,7 +98,7 @@ class Conversation:
         try:
             action()
         except MlxLlamaError as error:
-            self._view.say(str(error))
+            self._view.say(with_keys(str(error), "/set {}"))
         except KeyboardInterrupt:
             self._view.say("stopped")
         except OSError as error:
@@ -120,17 +110,12 @@ class Conversation:
             else:
                 self._view.say(f"unexpected {type(error).__name__}: {text}; the chat goes on")
 
-    def _handle(self, line: str, is_editing: bool, is_again: bool) -> None:
-        command, argument = parse(line)
+    def _handle(self, line: Line) -> None:
+        command, argument = parse(line.text)
         if command is not None:
             command.action(self, argument)
-        elif is_editing:
-            text = argument
-            self._answer(
-                lambda talk, cancel, on_prefill: talk.retry(cancel, on_prefill, text=text), text
-            )
         else:
-            self._ask(argument, is_again)
+            self._answers.ask(argument, self._offer if line.is_draft else NOTHING)
 
     def _tell(self) -> None:
         """Say what has happened on the thread meanwhile."""
@@ -145,116 +130,29 @@ class Conversation:
         parts = [meter_text(used, limit)]
         if self._view.width < 40:
             parts = [f"{100 * used // max(limit, 1)} % of {limit}"]
-        parts += [f"+ {name} ({n_tokens})" for name, _, n_tokens in self._attached]
+        if self._offer.is_edit and self._reader.is_draft:
+            parts.insert(0, "changes the last question")
+        parts += [f"+ {each.name} ({each.n_tokens})" for each in self._answers.attached]
         return " · ".join(parts)
 
-    # --- answers ---------------------------------------------------------------------------------
-
-    def _ask(self, message: str, is_again: bool) -> None:
-        attached, self._attached = self._attached, []
-        text = "\n\n".join([*(f"{name}:\n{content}" for name, content, _ in attached), message])
-        try:
-            self._answer(lambda talk, *hooks: talk.ask(text, *hooks, is_again=is_again), message)
-        finally:
-            if self._draft:  # it is offered again, and its files with it
-                self._attached = attached
-
-    def _answer(self, answering: Answering, draft: str = "", begun: str = "") -> None:
-        """Stream an answer; draft: what is offered again when nothing comes of it."""
-        try:
-            reason = self._stream(answering, begun)
-        except ContextOverflowError as error:
-            self._view.say(str(error))
-            self._on_full(lambda: self._answer(answering, draft), draft)
-            return
-        except BaseException:
-            self._draft = draft
-            raise
-        self._tell()
-        if reason is None:
-            self._draft, self._is_again = draft, bool(draft)
-        elif reason == "context":
-            self._on_full(self.continue_answer, "")
-
-    def _stream(self, answering: Answering, begun: str) -> str | None:
-        """Show an answer as it comes; return why it ended, None when it never began."""
-        reason, stats, is_shown = None, None, False
-        with self._reader.hushed(self._inference.interrupt), StatusLine() as status:
-            on_prefill = prefill_progress(status)
-            # Until the first slice is over, which may take longer, there is nothing to count.
-            waiting = threading.Timer(1.05, status.show, ["reading the prompt"])
-            waiting.daemon = True
-            waiting.start()
-            steps = self._inference.stream(lambda talk, cancel: answering(talk, cancel, on_prefill))
-            try:
-                for step in steps:
-                    reason, stats = step.finish_reason, step.stats
-                    if step.token_id is None and not is_shown and reason != "context":
-                        continue
-                    if not is_shown:
-                        status.close()
-                        self._view.begin_answer(begun)
-                        is_shown = True
-                    self._view.write(step.text)
-            except BaseException:
-                if is_shown:
-                    self._view.end_answer(None, None)
-                raise
-            finally:
-                waiting.cancel()
-        if not is_shown:
-            self._view.say("stopped before the answer began; /continue goes on, or send it again")
-            return None
-        reason = "cancelled" if reason is None else reason
-        self._view.end_answer(reason, stats)
-        return reason
-
-    def _on_full(self, go_on: Callable[[], None], draft: str) -> None:
-        """Ask what a full context is to do, unless that was decided."""
-        if self._settings.value("on_full") != "ask":
-            self._draft = draft
-            return
-        self._view.say(
-            "The context is full. s drops the oldest turns as needed and goes on, n begins a new "
-            "chat, Enter leaves it as it is."
-        )
-        answer = self._reader.choose("s, n or Enter?")
-        choice = answer.lower()
-        if choice in ("s", "slide"):
-            self.set("on_full", "slide")
-            go_on()
-        elif choice in ("n", "new"):
-            self.clear()
-            self._draft = draft
-        else:
-            self._draft = draft or answer  # what was typed ahead of the question
+    # --- turning back ----------------------------------------------------------------------------
 
     def retry(self) -> None:
         """Answer the last question anew, with another seed."""
-        if self._settings.value("temperature") == 0:
-            self.say("temperature is 0, so another seed changes nothing; /set temperature does")
-        self._answer(lambda talk, *hooks: talk.retry(*hooks))
+        self._answers.retry()
 
     def continue_answer(self) -> None:
-        """Go on with a cut answer, shown from its last block."""
-        messages = self._inference.call(
-            lambda talk: talk.session.messages if talk.session.can_continue else []
-        )
-        begun = messages[-1].content if messages else ""
-        self._answer(lambda talk, *hooks: talk.continue_answer(*hooks), begun=begun)
+        """Go on with a cut answer."""
+        self._answers.continue_answer()
+
+    def edit(self) -> None:
+        """Offer the last question to be changed; sent, it takes the old one's place."""
+        self._answers.edit()
 
     def undo(self) -> None:
         """Take back the last question and its answer."""
         text = self._inference.call(lambda talk: talk.undo())
         self._view.say(f"taken back: {first_line(text)}")
-
-    def edit(self) -> None:
-        """Offer the last question to be changed; sent, it takes the old one's place."""
-        messages = self._inference.call(lambda talk: talk.session.messages)
-        asked = [message.content for message in messages if message.role == "user"]
-        if not asked:
-            raise OptionError("nothing was asked yet")
-        self._draft, self._is_editing = asked[-1], True
 
     # --- what the commands say -------------------------------------------------------------------
 
@@ -323,18 +221,10 @@ class Conversation:
         key = key_named(name)
         if key.name == "plain" and value == "toggle":
             value = "off" if self._settings.value("plain") else "on"
-        before = (dict(self._settings.typed), set(self._settings.reset))
-        setting = self._settings.set(key.name, value)
-        try:
-            if key.group == "chat":
-                self._view.is_plain = self._settings.value("plain")
-            else:
-                with StatusLine() as status:
-                    status.show("loading")
-                    self._inference.call(lambda talk: talk.apply(key.group, key.name))
-        except MlxLlamaError:
-            self._settings.typed, self._settings.reset = before
-            raise
+        with StatusLine() as status:
+            status.show("loading")
+            setting = self._inference.call(lambda talk: talk.set(key.name, value))
+        self._view.is_plain = self._settings.value("plain")
         value = "not set" if _text(setting.value) == "-" else _text(setting.value)
         self._view.say(f"{key.name} is {value} ({setting.source})")
 
@@ -353,13 +243,13 @@ class Conversation:
     def read_file(self, name: str) -> None:
         """Put a text file before the next message; say how many tokens it has."""
         if name == "none":
-            self._attached.clear()
+            self._answers.attached.clear()
             self._view.say("no file goes with the next message")
             return
         path = paths.user_path(name)
         text = export.read_text(path, most_bytes=MAX_READ_BYTES)
         n_tokens = self._inference.call(lambda talk: talk.count_tokens(text))
-        self._attached.append((path.name, text, n_tokens))
+        self._answers.attached.append(Attachment(path.name, text, n_tokens))
         used, limit = self._talk.meter
         more = "" if used + n_tokens < limit else f"; that is more than the {limit - used} left"
         self._view.say(

@@ -33,7 +33,6 @@ def render(
     *,
     model: str,
     settings: Mapping[str, Any],
-    seed: int | None,
     tokenizer: str,
 ) -> str:
     """Return the chat as the file's ending asks for; OptionError for another ending."""
@@ -52,7 +51,6 @@ def render(
             "model": model,
             "tokenizer": tokenizer,
             "settings": dict(settings),
-            "seed": seed,
             "messages": [
                 {name: value for name, value in as_record(message).items() if name != "type"}
                 for message in messages
@@ -64,15 +62,20 @@ def render(
 
 def write_private(path: Path, content: str) -> None:
     """Write a file whole or not at all, for its owner alone."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
+    except OSError as error:
+        raise MlxLlamaError(f"{path}: cannot be written: {error.strerror}") from error
     try:
         with os.fdopen(handle, "w", encoding="utf-8", errors="surrogatepass") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         Path(name).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):  # it would name the file beside it
+            raise MlxLlamaError(f"{path}: cannot be written: {error.strerror}") from error
         raise
 
 
@@ -93,14 +96,12 @@ def load(path: Path) -> SavedChat:
             raise ValueError("settings are no object")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ChatError(f"{path}: not a chat that /save wrote: {error}") from error
-    seed = raw.get("seed")
     return SavedChat(
         path,
         model=str(raw.get("model", "")),
         tokenizer=str(raw.get("tokenizer", "")),
         settings=settings,
         messages=messages,
-        seed=seed if type(seed) is int else None,
         nbytes=len(text),
     )
 
@@ -108,8 +109,12 @@ def load(path: Path) -> SavedChat:
 def read_text(path: Path, *, most_bytes: int) -> str:
     """Read a text file; MlxLlamaError for one that is binary, too long or not there."""
     try:
-        if not path.is_file():
+        if path.is_dir():
+            raise MlxLlamaError(f"{path}: a folder; name a text file in it")
+        if not path.exists():
             raise MlxLlamaError(f"{path}: no such file")
+        if not path.is_file():
+            raise MlxLlamaError(f"{path}: no regular file; copy what it gives into one")
         nbytes = path.stat().st_size
         if nbytes > most_bytes:
             raise MlxLlamaError(f"{path}: {nbytes} bytes, at most {most_bytes} are read")

@@ -7,6 +7,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from mlx_llama_apps.chat.store import ChatError, SavedChat, read_chat
@@ -17,23 +18,28 @@ STALE_S = 3600  # what is this old was left by a writer that was killed
 
 def saved_chats(folder: Path) -> list[SavedChat]:
     """Return the chats in a folder, the newest first; files that are none are passed over."""
-    return sorted(_readable(folder), key=lambda chat: (chat.changed, chat.id), reverse=True)
+    return list(_newest_first(folder))
 
 
-def _readable(folder: Path) -> Iterator[SavedChat]:
+def _newest_first(folder: Path) -> Iterator[SavedChat]:
+    """Yield chats as they were last changed; one that nobody asks for is not read."""
+    found = []
     with contextlib.suppress(OSError):
-        for path in list(folder.glob("*.jsonl")):
-            with contextlib.suppress(ChatError):
-                yield read_chat(path)
+        for path in folder.glob("*.jsonl"):
+            with contextlib.suppress(OSError):  # removed meanwhile
+                found.append((path.stat().st_mtime, path))
+    for _, path in sorted(found, reverse=True):
+        with contextlib.suppress(ChatError):
+            yield read_chat(path)
 
 
 def find_chat(folder: Path, name: str) -> SavedChat:
     """Return the chat of an ID or of its beginning, "last" for the newest. ChatError for none."""
     if name == LAST:
-        chats = saved_chats(folder)
-        if not chats:
-            raise ChatError(f"--resume: no chat is saved in {folder}")
-        return chats[0]
+        chat = next(_newest_first(folder), None)
+        if chat is None:
+            raise ChatError(f"no chat is saved in {folder}")
+        return chat
     exact = folder / f"{name}.jsonl"
     if Path(name).name == name and exact.is_file():
         return read_chat(exact)
@@ -42,9 +48,9 @@ def find_chat(folder: Path, name: str) -> SavedChat:
         return read_chat(found[0])
     if found:
         names = ", ".join(path.stem for path in found[:5])
-        raise ChatError(f"--resume {name}: {len(found)} chats begin so: {names}")
-    newest = ", ".join(chat.id for chat in saved_chats(folder)[:3]) or "none"
-    raise ChatError(f"--resume {name}: no chat of that ID in {folder}; the newest: {newest}")
+        raise ChatError(f"{name}: {len(found)} chats begin so: {names}")
+    newest = ", ".join(chat.id for chat in islice(_newest_first(folder), 3)) or "none"
+    raise ChatError(f"{name}: no chat of that ID in {folder}; the newest: {newest}")
 
 
 def is_open(chat: SavedChat) -> bool:

@@ -11,10 +11,12 @@ import select
 import sys
 import termios
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app, run_in_terminal
+from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import has_focus
@@ -31,6 +33,15 @@ PROMPT = "> "
 QUOTES = '"""'
 LEAVE_HINT = "Ctrl-C again or Ctrl-D leaves"
 DRAFT_HINT = "the draft is kept; Ctrl-C again drops it (Up brings it back)"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What was typed. is_draft: it was made of the draft that was offered."""
+
+    text: str
+    is_draft: bool = False
+
 
 Complete = Callable[[str], Iterable[tuple[str, int]]]  # text before the cursor → (text, start)
 
@@ -98,6 +109,7 @@ class Reader:
         self._toolbar = toolbar
         self._hint = ""
         self._is_armed = False  # the next Ctrl-C leaves, or drops the draft
+        self.is_draft = False  # what stands there was offered, and never emptied
         depth = ColorDepth.DEPTH_1_BIT if os.environ.get("NO_COLOR") else None
         self._session: PromptSession[str] = PromptSession(
             history=History(str(history)),
@@ -113,18 +125,22 @@ class Reader:
             style=Style.from_dict({"bottom-toolbar": "noreverse"}),
             color_depth=depth,
         )
-        self._session.default_buffer.on_text_changed += lambda _: self._disarm()
+        self._session.default_buffer.on_text_changed += self._on_text_changed
 
-    def read(self, draft: str = "") -> str | None:
+    def read(self, draft: str = "") -> Line | None:
         """Read a message; None at the end of input. KeyboardInterrupt when Ctrl-C leaves."""
         self._disarm()
+        self.is_draft = bool(draft)
         try:
             # Ctrl-C is a key here; a signal that comes while the prompt closes is the caller's.
             text = self._session.prompt(PROMPT, default=draft, handle_sigint=False)
             # Bytes that were no UTF-8 come as halves of surrogate pairs, which nothing can write.
-            return unquoted(text.encode("utf-8", "replace").decode("utf-8"))
+            text = unquoted(text.encode("utf-8", "replace").decode("utf-8"))
+            return Line(text, self.is_draft)
         except EOFError:
             return None
+        finally:
+            self.is_draft = False
 
     def choose(self, question: str) -> str:
         """Ask a short question; an empty answer for Ctrl-C and the end of input."""
@@ -137,6 +153,10 @@ class Reader:
     def _toolbar_text(self) -> str:
         width = get_app().output.get_size().columns
         return (self._hint or self._toolbar())[: max(1, width - 1)]
+
+    def _on_text_changed(self, buffer: Buffer) -> None:
+        self._disarm()
+        self.is_draft = self.is_draft and bool(buffer.text)
 
     def _disarm(self) -> None:
         self._hint, self._is_armed = "", False
@@ -181,6 +201,7 @@ class Reader:
         elif buffer.text:
             self._session.history.append_string(" " + buffer.text)  # with a space: not on disk
             buffer.reset()
+            self.is_draft = False
             self._disarm()
         else:
             event.app.exit(exception=KeyboardInterrupt)

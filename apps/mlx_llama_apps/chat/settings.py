@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -36,6 +37,9 @@ TEXT_KEYS = {
     "date": 'date for the system block of Llama 3.1 and later, such as "26 Jul 2024"',
 }
 ON_FULL = ("ask", "stop", "slide")
+RECOMMENDED = "generation_config.json"  # sources by name
+DEFAULT = "default"
+_FLAG = re.compile(r"--([a-z][a-z-]+)")
 # What is taken where neither the user nor the model directory says anything.
 LAST_DEFAULTS = {
     "temperature": DEFAULT_TEMPERATURE,
@@ -94,10 +98,21 @@ class Setting:
     value: Any
     source: str
 
+    @property
+    def written(self) -> str:
+        """How it was written where it came from."""
+        name = self.key.name
+        words = {"flag": f"--{name.replace('_', '-')}", "/set": f"/set {name}"}
+        return words.get(self.source, f"{name} of {self.source}")
+
 
 @dataclass(slots=True)
 class Settings:
-    """Values by source, the first source wins; `recommended` is what the model directory says."""
+    """Values by source, the first source wins; `recommended` is what the model directory says.
+
+    The configuration file speaks of all models and of terminals too: what the model has no place
+    for, and asking where nobody can be asked, is passed over there.
+    """
 
     flags: dict[str, Any] = field(default_factory=dict)
     preset: str | None = None
@@ -106,7 +121,7 @@ class Settings:
     typed: dict[str, Any] = field(default_factory=dict)
     of_chat: dict[str, Any] = field(default_factory=dict)
     recommended: dict[str, Any] = field(default_factory=dict)
-    reset: set[str] = field(default_factory=set)  # keys that /set brought back to their default
+    unfit: frozenset[str] = frozenset()  # what the model has no place for
 
     def __post_init__(self) -> None:
         self._layers()  # a preset that does not exist is told now
@@ -129,22 +144,22 @@ class Settings:
                 )
             layers.append((f"preset {self.preset}", presets[self.preset]))
         if config is not None:
-            layers.append((config.path.name, config.values))
-        layers.append(("generation_config.json", self.recommended))
+            fitting = {n: v for n, v in config.values.items() if n not in self.unfit}
+            layers.append((config.path.name, fitting))
+        layers.append((RECOMMENDED, self.recommended))
         return layers
 
     def find(self, name: str) -> Setting:
         """Return a setting with its value and where that came from."""
         key = key_named(name)
         name = key.name
-        if name not in self.reset or name in self.typed:
-            for source, values in self._layers():
-                if name in values:
-                    return Setting(key, values[name], source)
-        default = key.default
-        if name == "on_full" and not self.asks_when_full:
-            default = "stop"
-        return Setting(key, default, "default")
+        for source, values in self._layers():
+            if name in values and not (source != "flag" and self._cannot_ask(name, values[name])):
+                return Setting(key, values[name], source)
+        return Setting(key, "stop" if self._cannot_ask(name, key.default) else key.default, DEFAULT)
+
+    def _cannot_ask(self, name: str, value: object) -> bool:
+        return name == "on_full" and value == "ask" and not self.asks_when_full
 
     def all(self) -> list[Setting]:
         """Return every setting, in the order of `/set`."""
@@ -159,7 +174,7 @@ class Settings:
         found = {}
         for key in KEYS.values():
             setting = self.find(key.name)
-            is_set = setting.source not in ("default", "generation_config.json")
+            is_set = setting.source not in (DEFAULT, RECOMMENDED)
             if key.group == name and is_set and setting.value is not None:
                 found[key.name] = setting.value
         if name == "context" and self.value("on_full") == "ask":
@@ -172,8 +187,7 @@ class Settings:
         return {
             s.key.name: s.value
             for s in settings
-            if s.source not in ("default", "generation_config.json", "config.toml")
-            and s.key.group != "chat"
+            if s.source not in (DEFAULT, RECOMMENDED, "config.toml") and s.key.group != "chat"
         }
 
     def check(self) -> None:
@@ -192,24 +206,43 @@ class Settings:
                 raise OptionError(f"--{name}: found {self.value(name)!r}, expected a text")
 
     def set(self, name: str, text: str) -> Setting:
-        """Take a value as it was typed; "default" brings the default back.
+        """Take a value as it was typed; "default" drops it, and the flag's and the chat's too.
 
-        Raises OptionError, and changes nothing, for one that cannot be.
+        Then the preset, the file and the model are asked again. Raises OptionError, and changes
+        nothing, for a value that cannot be.
         """
         key = key_named(name)
         name = key.name
-        before, was_reset = dict(self.typed), set(self.reset)
-        if text == "default":
-            self.typed.pop(name, None)
-            self.reset.add(name)
+        before = self.state()
+        if text == DEFAULT:
+            for values in (self.typed, self.flags, self.of_chat):
+                values.pop(name, None)
         else:
             self.typed[name] = parse_value(key, text)
         try:
             self.check()
         except OptionError:
-            self.typed, self.reset = before, was_reset
+            self.go_back(before)
             raise
         return self.find(name)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Return what a later `go_back` takes."""
+        return dict(self.typed), dict(self.flags), dict(self.of_chat)
+
+    def go_back(self, state: tuple[dict[str, Any], dict[str, Any], dict[str, Any]]) -> None:
+        """Take up what there was."""
+        self.typed, self.flags, self.of_chat = state
+
+
+def with_keys(text: str, form: str) -> str:
+    """Return an error that speaks of flags as where the key was set writes it: "/set {}"."""
+
+    def written(match: re.Match[str]) -> str:
+        name = match[1].replace("-", "_")
+        return form.format(name) if name in KEYS else match[0]
+
+    return _FLAG.sub(written, text)
 
 
 def key_named(name: str) -> Key:
@@ -235,7 +268,8 @@ def parse_value(key: Key, text: str) -> Any:
             return True
         if text.lower() in ("off", "false", "no", "0"):
             return False
-        raise OptionError(f"--{key.name}: found {text!r:.40}, expected on or off")
+        flag = key.name.replace("_", "-")
+        raise OptionError(f"--{flag}: found {text!r:.40}, expected on or off")
     for kind in (int, float):
         if kind in arms:
             try:
@@ -295,5 +329,5 @@ def read_config(path: Path) -> Config | None:
         try:
             Settings(flags=dict(values))
         except OptionError as error:
-            raise OptionError(f"{where}: {error}") from error
+            raise OptionError(f"{where}: {with_keys(str(error), '{}')}") from error
     return Config(path, raw, presets)

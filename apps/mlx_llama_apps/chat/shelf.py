@@ -8,10 +8,11 @@ from mlx_llama.errors import OptionError
 from mlx_llama_apps import paths
 from mlx_llama_apps.chat import export
 from mlx_llama_apps.chat.folders import cache_file, find_chat, is_open, saved_chats
+from mlx_llama_apps.chat.keeping import Folders
 from mlx_llama_apps.chat.reader import Reader
 from mlx_llama_apps.chat.settings import KEYS, Settings
 from mlx_llama_apps.chat.store import ChatError, SavedChat, read_chat
-from mlx_llama_apps.chat.talk import Folders, Talk
+from mlx_llama_apps.chat.talk import Talk
 from mlx_llama_apps.chat.view import View
 from mlx_llama_apps.inference import Inference
 from mlx_llama_apps.terminal import StatusLine, size
@@ -78,26 +79,20 @@ class Shelf:
             return read_chat(self._listed[int(name) - 1].path)
         return find_chat(self._folders.chats, name)
 
-    def resume(self, chat: SavedChat) -> None:
-        """Take up a saved chat and show where it ended."""
-        self._take_settings(chat)
-        with StatusLine() as status:
-            status.show("restoring the cache")
-            how = self._inference.call(lambda talk: talk.resume(chat))
-        self.show_resumed(chat, how)
-
-    def _take_settings(self, chat: SavedChat) -> None:
-        """Go by what a chat was said with; what decides the context stays as it is.
-
-        Raises OptionError, and takes nothing, for a value that cannot be.
-        """
-        wanted = {
+    def resume(self, chat: SavedChat, *, is_saved: bool = True) -> None:
+        """Take up a saved chat and show where it ended. is_saved: it goes on in its own file."""
+        # What it was said with is taken up too; what decides the context stays as it is.
+        settings = {
             name: value
             for name, value in chat.settings.items()
             if name in KEYS and KEYS[name].group in ("generation", "text")
         }
-        Settings(of_chat=wanted)
-        self._settings.of_chat = wanted
+        with StatusLine() as status:
+            status.show("restoring the cache")
+            how = self._inference.call(
+                lambda talk: talk.resume(chat, is_saved=is_saved, settings=settings)
+            )
+        self.show_resumed(chat, how)
 
     def show_resumed(self, chat: SavedChat, how: str) -> None:
         """Say how a chat was taken up, and show where it ended."""
@@ -112,21 +107,18 @@ class Shelf:
     def save(self, name: str) -> None:
         """Write the chat to a file."""
         path = paths.user_path(name)
-        messages, model = self._inference.call(
-            lambda talk: (talk.session.messages, talk.llama.path.name)
+        messages, model, tokenizer = self._inference.call(
+            lambda talk: (talk.session.messages, talk.llama.path.name, talk.tokenizer)
         )
         if path.exists():
             answer = self._reader.choose(f"{path} exists. Replace it? y/N")
             if answer.lower() not in ("y", "yes"):
                 return
-        seed = self._inference.call(lambda talk: talk.seed)
-        tokenizer = self._inference.call(lambda talk: talk.tokenizer)
         content = export.render(
             path,
             messages,
             model=model,
             settings=self._settings.explicit(),
-            seed=seed,
             tokenizer=tokenizer,
         )
         export.write_private(path, content)
@@ -134,10 +126,7 @@ class Shelf:
 
     def load(self, name: str) -> None:
         """Take up a chat from a file, as a new chat."""
-        chat = export.load(paths.user_path(name))
-        self._take_settings(chat)
-        how = self._inference.call(lambda talk: talk.resume(chat, is_saved=False))
-        self.show_resumed(chat, how)
+        self.resume(export.load(paths.user_path(name)), is_saved=False)
 
 
 def first_line(text: str) -> str:

@@ -40,7 +40,6 @@ class SavedChat:
     tokenizer: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     messages: list[Message] = field(default_factory=list)
-    seed: int | None = None
     n_damaged: int = 0
     nbytes: int = 0
     changed: float = 0.0
@@ -73,6 +72,8 @@ def as_record(message: Message) -> dict[str, Any]:
         record["token_ids"] = list(message.token_ids)
     if message.is_cut:
         record["is_cut"] = True
+    if message.seed is not None:
+        record["seed"] = message.seed
     return record
 
 
@@ -83,7 +84,9 @@ def as_message(record: Mapping[str, Any]) -> Message:
         if not isinstance(ids, list) or any(type(i) is not int or i < 0 for i in ids):
             raise ValueError("token_ids are no whole numbers")
         ids = tuple(ids)
-    return Message(record["role"], record["content"], ids, record.get("is_cut") is True)
+    role, seed = record["role"], record.get("seed")
+    seed = seed if role == "assistant" and type(seed) is int and 0 <= seed < 2**32 else None
+    return Message(role, record["content"], ids, record.get("is_cut") is True, seed)
 
 
 def read_chat(path: Path) -> SavedChat:
@@ -133,8 +136,6 @@ def _take(chat: SavedChat, record: dict[str, Any], parts: list[Mapping[str, Any]
             if message.role != "assistant":
                 _end_parts(chat, parts)
             chat.messages.append(message)
-            if type(record.get("seed")) is int:
-                chat.seed = record["seed"]
             parts.clear()
         case "part":
             as_message({"role": "assistant", **record})
@@ -170,7 +171,8 @@ def _joined(parts: Sequence[Mapping[str, Any]]) -> Message:
     for part in parts:
         ids += part.get("token_ids") or []
     text = "".join(part["content"] for part in parts)
-    return Message("assistant", text, tuple(ids) if is_known else None, is_cut=True)
+    record = {"role": "assistant", "content": text, "is_cut": True, "seed": parts[0].get("seed")}
+    return as_message({**record, "token_ids": ids if is_known else None})
 
 
 class ChatFile:
@@ -226,7 +228,7 @@ class ChatFile:
         """What the chat is called, once it has a file."""
         return None if self._fd is None else self.path.stem
 
-    def sync(self, messages: Sequence[Message], *, seed: int | None = None) -> None:
+    def sync(self, messages: Sequence[Message]) -> None:
         """Write what the file lacks of these messages, and what they no longer have."""
         same = 0
         for old, new in zip(self._written, messages, strict=False):
@@ -237,18 +239,18 @@ class ChatFile:
         if same < len(self._written) or (self._has_parts and same == len(messages)):
             records.append({"type": "keep", "n": same})
         records += [as_record(message) for message in messages[same:]]
-        if seed is not None and records and records[-1]["type"] == "message":
-            records[-1]["seed"] = seed
         self._written, self._has_parts = list(messages), False
         if records and (self._fd is not None or any(m.role == "user" for m in messages)):
             self._append(records, is_durable=True)
         elif records:
             self._pending += records  # a chat without a question has no file
 
-    def part(self, text: str, token_ids: Sequence[int] | None) -> None:
+    def part(self, text: str, token_ids: Sequence[int] | None, *, seed: int | None = None) -> None:
         """Write the next piece of the answer that is on its way."""
-        self._has_parts = True
+        is_first, self._has_parts = not self._has_parts, True
         record: dict[str, Any] = {"type": "part", "content": text}
+        if is_first and seed is not None:
+            record["seed"] = seed
         if token_ids is not None:
             record["token_ids"] = list(token_ids)
         self._append([record], is_durable=False)

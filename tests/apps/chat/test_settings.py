@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_llama.errors import OptionError
-from mlx_llama_apps.chat.settings import KEYS, Settings, read_config
+from mlx_llama_apps.chat.settings import KEYS, Settings, read_config, with_keys
 
 
 def config(tmp_path: Path, text: str) -> Path:
@@ -43,8 +43,13 @@ def test_sources_come_in_their_order(tmp_path: Path) -> None:
     settings.set("min_p", "0.5")
     assert (settings.value("min_p"), settings.find("min_p").source) == (0.5, "/set")
     settings.set("min-p", "default")
-    assert settings.find("min_p").source == "default"
-    assert settings.group("generation") == {"top_p": 0.7, "temperature": 0.3, "stop": ["END"]}
+    assert (settings.value("min_p"), settings.find("min_p").source) == (0.2, "preset coder")
+    settings.of_chat["top_k"] = 7
+    settings.set("top_k", "default")
+    assert (settings.value("top_k"), settings.find("top_k").source) == (5, "generation_config.json")
+    assert settings.group("generation") == {
+        "top_p": 0.7, "temperature": 0.3, "min_p": 0.2, "stop": ["END"]
+    }  # fmt: skip
 
 
 VALUES = [
@@ -121,3 +126,18 @@ def test_asking_needs_a_terminal() -> None:
     assert Settings().group("context")["on_full"] == "stop"
     with pytest.raises(OptionError, match="no terminal to ask at"):
         Settings(flags={"on_full": "ask"}, asks_when_full=False)
+
+
+def test_file_for_all_models_and_places_is_passed_over_where_it_cannot_be(tmp_path: Path) -> None:
+    """Once a pipe, or a base model, was refused because of it."""
+    file = read_config(config(tmp_path, 'on_full = "ask"\nsystem = "be brief"'))
+    piped = Settings(config=file, asks_when_full=False)
+    assert piped.value("on_full") == "stop"
+    piped.unfit = frozenset({"system"})
+    assert piped.find("system").source == "default"
+    assert Settings(config=file).value("system") == "be brief"
+
+
+def test_errors_speak_of_keys_where_keys_were_set() -> None:
+    said = with_keys("--top-p: found 2; see --resume and --on-full slide", "/set {}")
+    assert said == "/set top_p: found 2; see --resume and /set on_full slide"

@@ -17,7 +17,7 @@ from mlx_llama_apps.chat.store import ChatError, ChatFile, read_chat
 TALK = [
     Message("system", "be brief"),
     Message("user", "hello\nthere"),
-    Message("assistant", "日本 🙂", (1, 2, 3)),
+    Message("assistant", "日本 🙂", (1, 2, 3), seed=7),
 ]
 HEADER = {"model": "/m", "created": "now", "tokenizer": "a", "settings": {}}
 
@@ -42,18 +42,18 @@ def test_what_is_synced_is_what_is_read(tmp_path: Path) -> None:
     other = [*TALK, Message("user", "again"), Message("assistant", "cu", (4,), is_cut=True)]
     history = [TALK, other, other[:4], TALK, TALK[:1], other, [Message("system", "x"), *other[1:]]]
     for messages in history:
-        file.sync(messages, seed=7)
+        file.sync(messages)
         assert read_chat(file.path).messages == messages
-    assert read_chat(file.path).seed == 7
 
 
 def test_answer_on_its_way_is_kept_up_to_the_last_part(tmp_path: Path) -> None:
     file = begin(tmp_path)
     file.sync(TALK[:2])
-    file.part("One. ", [5, 6])
-    file.part("Two. ", [7])
+    file.part("One. ", [5, 6], seed=3)
+    file.part("Two. ", [7], seed=3)
     found = read_chat(file.path)
     assert found.messages[-1] == Message("assistant", "One. Two. ", (5, 6, 7), is_cut=True)
+    assert found.messages[-1].seed == 3
     file.sync(TALK)  # the whole answer takes the parts' place
     assert read_chat(file.path).messages == TALK
     file.part("Three. ", [8])
@@ -178,11 +178,12 @@ def test_oldest_caches_go_first(tmp_path: Path) -> None:
 
 
 def test_export_is_loaded_again(tmp_path: Path) -> None:
-    more = {"model": "m", "settings": {"seed": 3}, "seed": 5, "tokenizer": "a"}
+    more = {"model": "m", "settings": {"seed": 3}, "tokenizer": "a"}
     path = tmp_path / "chat.json"
     export.write_private(path, export.render(path, TALK, **more))  # pyright: ignore
     found = export.load(path)
-    assert (found.messages, found.settings, found.seed) == (TALK, {"seed": 3}, 5)
+    assert (found.messages, found.settings) == (TALK, {"seed": 3})
+    assert [m.seed for m in found.messages] == [None, None, 7]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     text = export.render(tmp_path / "chat.md", TALK, **more)  # pyright: ignore
     assert "## You\n\nhello\nthere\n" in text

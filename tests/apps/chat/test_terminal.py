@@ -380,3 +380,131 @@ def test_model_is_chosen_from_what_is_at_hand(home: Path, chat_model: Path, star
     terminal.enter("hello")
     assert terminal.leave() == 0
     assert os.fspath(models / "mine") in str(records(saved(home)[0])[0]["model"])
+
+
+def said(home: Path) -> list[str]:
+    return [content for _, content in messages(saved(home)[-1])]
+
+
+def test_dropped_or_refused_edit_leaves_the_question(
+    home: Path, chat_model: Path, start: Start
+) -> None:
+    """Once whatever came next took its place, and a refused edit was put behind it."""
+    terminal = start(chat_model, "--max-tokens", 3, "--context", 120)
+    terminal.enter("hello")
+    terminal.send("/edit\r")
+    terminal.expect("changes the last question")
+    terminal.send("\x03\x03")  # the draft is dropped
+    terminal.prompt()
+    terminal.enter("world")
+    assert said(home)[::2] == ["hello", "world"]
+    terminal.send("/edit\r")
+    terminal.expect("> world", times=2)
+    terminal.send("\x15the\r")  # emptied, and something else typed
+    terminal.expect("peak", times=3)
+    assert said(home)[::2] == ["hello", "world", "the"]
+    terminal.send("/edit\r")
+    terminal.expect("> the", times=2)
+    terminal.send(" thing" * 60 + "\r")
+    terminal.expect("the prompt has")
+    terminal.send("\r")  # left as it is, and offered again
+    terminal.expect("changes the last question")
+    assert said(home)[::2] == ["hello", "world", "the"]
+    terminal.send("\x7f" * 360 + "\r")
+    terminal.expect("peak", times=4)
+    assert said(home)[::2] == ["hello", "world", "the"]
+    assert terminal.leave() == 0
+
+
+def test_retry_stopped_at_once_keeps_the_answer(home: Path, chat_model: Path, start: Start) -> None:
+    terminal = start(chat_model, "--max-tokens", 9)
+    terminal.enter("hello")
+    before = said(home)
+    terminal.send("/retry\r\x03")
+    terminal.expect("what was said before is kept")
+    terminal.prompt()
+    terminal.enter("/stats")
+    held, shared = re.findall(r"cache: (\d+) tokens, (\d+) of them", terminal.flat)[-1]
+    assert int(held) - int(shared) <= 1
+    assert said(home) == before
+    terminal.enter("world")
+    assert said(home)[:2] == before
+    assert terminal.leave() == 0
+
+
+def test_chats_are_loaded_opened_and_deleted(home: Path, chat_model: Path, start: Start) -> None:
+    terminal = start(chat_model, "--max-tokens", 3)
+    terminal.enter("hello")
+    path = home / "a chat.json"
+    terminal.enter(f"/save {path}")
+    terminal.enter("/clear")
+    terminal.enter(f"/load {path}")
+    terminal.expect("its cache was not kept")
+    terminal.enter("world")
+    assert len(saved(home)) == 2
+    assert sorted(len(messages(each)) for each in saved(home)) == [2, 4]
+    terminal.enter("/chats")
+    terminal.enter("/chats 1")
+    terminal.expect("is the one that is open here")
+    terminal.send("/chats delete 2\r")
+    terminal.expect("y/N")
+    terminal.send("y\r")
+    terminal.expect("is deleted")
+    (left,) = saved(home)
+    assert len(messages(left)) == 4
+    assert terminal.leave() == 0
+
+
+def test_refused_chat_leaves_the_settings(
+    home: Path, chat_model: Path, base_model: Path, start: Start
+) -> None:
+    """Once its settings were taken before it was refused."""
+    one = start(chat_model, "--max-tokens", 3, "--system", "the", "--temperature", 0.25)
+    one.enter("hello")
+    assert one.leave() == 0
+    other = start(base_model, "--max-tokens", 3)
+    other.enter("/chats")
+    other.enter("/chats 1")
+    other.expect("has a system prompt")
+    other.enter("/set temperature")
+    assert "0.25" not in other.flat
+    assert other.leave() == 0
+
+
+def test_memory_that_runs_out_in_mid_answer_costs_no_talk(
+    home: Path, chat_model: Path, start: Start
+) -> None:
+    import sys
+
+    from terminal import CODE
+
+    failing = (
+        "from mlx_llama import generation as g; read, n = g._Draw.read, [0]\n"
+        "def fail(self):\n"
+        "    n[0] += 1\n"
+        "    if n[0] == 4: raise RuntimeError('[malloc] Unable to allocate 8 bytes')\n"
+        "    return read(self)\n"
+        "g._Draw.read = fail\n" + CODE
+    )
+    argv = [sys.executable, "-c", failing, "chat", str(chat_model), "--max-tokens", "9"]
+    terminal = Terminal(home, argv=[*argv, "--ignore-eos"])
+    terminal.prompt()
+    terminal.enter("hello")
+    terminal.expect("the machine is out of memory; the chat is kept")
+    assert records(saved(home)[0])[-1]["is_cut"] is True
+    terminal.enter("world")
+    assert said(home)[::2] == ["hello", "world"]
+    assert terminal.leave() == 0
+
+
+def test_cache_of_another_model_is_read_anew(
+    home: Path, chat_model: Path, llama2_chat_model: Path, start: Start
+) -> None:
+    one = start(chat_model, "--max-tokens", 3)
+    one.enter("hello")
+    assert one.leave() == 0
+    other = start(llama2_chat_model, "--max-tokens", 3, "--resume")
+    other.expect("it is read anew")
+    other.enter("world")
+    assert said(home)[::2] == ["hello", "world"]
+    assert other.leave() == 0
