@@ -195,7 +195,7 @@ def _answer_pipe(path: Path, settings: Settings, folders: Folders, saved: SavedC
 
     text = read_stdin()
     if not text:
-        return
+        raise OptionError("standard input is empty: there is no message to answer")
     view = View(is_plain=settings.value("plain"))
     status = StatusLine()
     with status, Inference(_begin(path, settings, folders, saved, status)) as inference:

@@ -6,6 +6,7 @@ arrives here as a signal: it never breaks into what is being drawn or written.
 
 from __future__ import annotations
 
+import os
 import queue
 import signal
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ MEMORY_LINE = (
     "kv_bits 8, or a model of fewer bits"
 )
 MAX_READ_BYTES = 16 << 20
+MOST_COPIED = 74_994  # bytes; in base64 with its frame, the 100,000 that terminals commonly take
 
 
 class Conversation:
@@ -175,7 +177,14 @@ class Conversation:
         if not answers:
             raise OptionError("there is no answer to copy yet")
         self._view.copy(answers[-1])
-        self._view.say(f"{len(answers[-1])} characters handed to the terminal's clipboard (OSC 52)")
+        nbytes = len(answers[-1].encode("utf-8", "replace"))
+        more = f"; it has {nbytes} bytes, and many terminals drop what is over {MOST_COPIED}: "
+        more = f"{more}/save FILE.md has it whole" if nbytes > MOST_COPIED else ""
+        if "TMUX" in os.environ:
+            more += "; tmux hands it on only with: set -g set-clipboard on"
+        self._view.say(
+            f"{len(answers[-1])} characters handed to the terminal's clipboard (OSC 52){more}"
+        )
 
     def stats(self) -> None:
         """Say what the last answer cost."""

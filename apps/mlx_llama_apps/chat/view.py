@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from mlx_llama import Stats
 
 REASONS = {
-    "length": "ended after --max-tokens; /continue goes on",
+    "length": "ended after max_tokens; /continue goes on",
     "context": "ended: the context is full",
     "cancelled": "stopped; /continue goes on",
-    "timeout": "ended after --timeout; /continue goes on",
+    "timeout": "ended after the timeout; /continue goes on",
     "stop": "ended at a stop text",
 }
 NARROW = 16  # columns of the screen for each of a table; with less its cells become lines

@@ -75,3 +75,9 @@ def test_what_cannot_be_is_one_line(
     error = capsys.readouterr().err
     assert problem in error
     assert len(error.splitlines()) == 1
+
+
+def test_nothing_to_answer_is_told(home: Path, chat_model: Path) -> None:
+    done = run(home, "chat", chat_model, given="")
+    assert done.returncode != 0
+    assert "standard input is empty" in done.stderr
