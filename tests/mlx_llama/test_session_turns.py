@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("n_first", [1, 4, 11])
 def test_continued_answer_is_the_one_that_was_not_cut(
-    llama: Llama, options: dict[str, object], n_first: int
+    llama: Llama, options: dict[str, Any], n_first: int
 ) -> None:
     """Whole answers are compared: text and tokens, through broken characters too."""
     options = {"ignore_eos": True, **options}
@@ -205,7 +206,7 @@ def test_question_without_an_answer_is_taken_back_by_the_next(chat_model: Path) 
 
 def test_answer_goes_on_with_its_own_seed(llama: Llama) -> None:
     """Once the seed of the last answer was taken, whichever answer went on."""
-    options = {"temperature": 1.5, "top_p": 1.0, "ignore_eos": True}
+    options: dict[str, Any] = {"temperature": 1.5, "top_p": 1.0, "ignore_eos": True}
     whole, cut = begin(llama), begin(llama)
     answer(whole, "hello", max_tokens=20, **{**options, "seed": 11})
     answer(cut, "hello", max_tokens=6, **{**options, "seed": 11})
@@ -220,7 +221,7 @@ def test_answer_goes_on_with_its_own_seed(llama: Llama) -> None:
 @pytest.mark.parametrize("is_edited", [False, True])
 def test_answer_that_nothing_takes_the_place_of_comes_back(llama: Llama, is_edited: bool) -> None:
     """Stopped before its first token, a retry threw the answer away that it was to replace."""
-    options = {"temperature": 1.0, "ignore_eos": True, "max_tokens": 8}
+    options: dict[str, Any] = {"temperature": 1.0, "ignore_eos": True, "max_tokens": 8}
     session, other = begin(llama), begin(llama)
     for each in (session, other):
         answer(each, "hello", **options)
