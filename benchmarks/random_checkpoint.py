@@ -4,8 +4,8 @@
     python benchmarks/random_checkpoint.py llama-3.2-1b FOLDER --meta     Meta's layout
 
 Both layouts of one shape hold the same weights, so that conversions of them must agree. Weights are
-made and written some rows at a time. The tokenizer has as many tokens as the embedding has rows:
-the single bytes, then all pairs of bytes, then triples.
+made and written some rows at a time. To measure speed alone, `mlx-llama bench --shape` makes a
+packed model by itself.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import argparse
 import json
 import math
 import zlib
-from base64 import b64encode
 from collections.abc import Iterator
-from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,8 @@ from mlx_llama.tensor_ref import byte_view
 from mlx_llama.tokenizer import open_tokenizer
 from mlx_llama.tokenizer.bpe import N_SPECIAL
 from mlx_llama.weights import hf_module, tensor_shapes
+from mlx_llama_apps.bench.random_model import write_tiktoken
+from mlx_llama_apps.bench.shapes import SHAPES as FAMILY
 from mlx_llama_convert.tokenizer_files import write_tokenizer_files
 
 HEADS_AT_ONCE = 64
@@ -40,24 +40,6 @@ FFN_PARAMS: dict[str, dict[str, Any]] = {
     "110m": {"multiple_of": 256},
     "15m": {"multiple_of": 32},
 }
-
-
-def small_shape(dim: int, n_layers: int, n_heads: int, hidden_dim: int) -> ModelConfig:
-    """Return one of the small shapes, which differ in these numbers only."""
-    return ModelConfig(
-        dim=dim,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=n_heads,
-        head_dim=dim // n_heads,
-        hidden_dim=hidden_dim,
-        vocab_size=32000,
-        norm_eps=1e-5,
-        rope_theta=500000.0,
-        max_context=8192,
-        tied=True,
-        kind="llama3",
-    )
 
 
 def long_shape(dim: int, n_layers: int, n_heads: int, n_kv_heads: int) -> ModelConfig:
@@ -80,23 +62,7 @@ def long_shape(dim: int, n_layers: int, n_heads: int, n_kv_heads: int) -> ModelC
 
 
 SHAPES = {
-    "llama-3.2-1b": ModelConfig(
-        dim=2048,
-        n_layers=16,
-        n_heads=32,
-        n_kv_heads=8,
-        head_dim=64,
-        hidden_dim=8192,
-        vocab_size=128256,
-        norm_eps=1e-5,
-        rope_theta=500000.0,
-        max_context=131072,
-        tied=True,
-        kind="llama3.2",
-        rope_scaling=RopeScaling("llama3", 32.0),
-    ),
-    "110m": small_shape(768, 12, 12, 2048),
-    "15m": small_shape(288, 6, 6, 768),
+    **FAMILY,
     "context": long_shape(512, 2, 8, 2),
     "narrow-2": long_shape(128, 2, 2, 1),
     "narrow-1": long_shape(128, 1, 2, 1),
@@ -109,6 +75,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--meta", action="store_true", help="write Meta's layout")
     given = parser.parse_args()
+    if given.meta and given.shape not in FFN_PARAMS:
+        parser.error(f"--meta: known for {', '.join(FFN_PARAMS)}")
     given.folder.mkdir(parents=True)
     write_tiktoken(given.folder / "tokenizer.model", SHAPES[given.shape].vocab_size - N_SPECIAL)
     (write_meta if given.meta else write_huggingface)(given.shape, given.folder)
@@ -177,16 +145,6 @@ def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """Reorder rows of wq or wk from Hugging Face's half-split pairs to Meta's adjacent ones."""
     pairs = rows.reshape(-1, 2, head_dim // 2, rows.shape[1])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
-def write_tiktoken(path: Path, n_ranks: int) -> None:
-    """Write a Llama 3 tokenizer file of n_ranks tokens."""
-    tokens = chain.from_iterable(product(range(256), repeat=size) for size in (1, 2, 3))
-    lines = (
-        b"%s %d\n" % (b64encode(bytes(token)), rank)
-        for rank, token in enumerate(islice(tokens, n_ranks))
-    )
-    path.write_bytes(b"".join(lines))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,14 @@ def backend() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+def gpu_name() -> str | None:
+    """Return what the GPU that runs the model is called, such as "Apple M4 Pro"; None on a CPU."""
+    if backend() == "cpu":
+        return None
+    name = mx.device_info().get("device_name")
+    return str(name) if name else None
+
+
 def kernels() -> Any | None:
     """Return the native kernels where they are what runs; None on a GPU, or without them."""
     return native.kernels() if backend() == "cpu" else None

@@ -53,15 +53,22 @@ class _Place:
 class SafetensorsWriter:
     """One safetensors file in the making; a context manager.
 
-    Leaving it normally checks that every tensor is complete, then makes the file durable (fsync).
+    Leaving it normally checks that every tensor is complete, then makes the file durable (fsync);
+    is_durable: leave that out for a file that nobody keeps.
     After an exception the file is closed as it is, and removing it is the caller's business.
     Raises: OSError as the system gives it; ValueError when an array is not the one announced.
     """
 
     def __init__(
-        self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None
+        self,
+        path: Path,
+        entries: Sequence[Entry],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        is_durable: bool = True,
     ) -> None:
         self._header = _header(entries, metadata)
+        self._is_durable = is_durable
         self._path = path
         self._file: io.FileIO | None = None
         self._places: dict[str, _Place] = {}
@@ -97,7 +104,8 @@ class SafetensorsWriter:
                         f"{self._path}: closed with {place.rows_done} of {place.n_rows} rows of "
                         f"{name!r} written"
                     )
-            os.fsync(file.fileno())
+            if self._is_durable:
+                os.fsync(file.fileno())
 
     def write(self, name: str, array: mx.array) -> None:
         """Write a tensor, or its next rows; tensors may come in any order and take turns.

@@ -24,6 +24,7 @@ def test_commands_page_is_the_help() -> None:
     "document",
     [
         "README.md",
+        "docs/bench.md",
         "docs/chat.md",
         "docs/downloads.md",
         "docs/model-directory.md",

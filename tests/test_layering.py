@@ -17,7 +17,7 @@ PACKAGES = {
 }
 ORDER = list(PACKAGES)
 ONLY_IN_APPS = {"rich", "prompt_toolkit", "cyclopts", "platformdirs"}
-NEVER = {"torch", "transformers", "pickle", "tokenizers", "jinja2", "mlx_lm"}
+NEVER = {"torch", "transformers", "pickle", "tokenizers", "jinja2"}
 
 
 # The one file that imports it, and only inside functions: a slow import that most commands do not
@@ -25,6 +25,9 @@ NEVER = {"torch", "transformers", "pickle", "tokenizers", "jinja2", "mlx_lm"}
 ONLY_IN = {
     "huggingface_hub": PACKAGES["mlx_llama_convert"] / "hub.py",
     "mlx_llama_kernels": PACKAGES["mlx_llama"] / "native.py",
+    # Programs that another interpreter runs.
+    "mlx_lm": PACKAGES["mlx_llama_apps"] / "bench" / "peer_mlx_lm.py",
+    "llama_cpp": PACKAGES["mlx_llama_apps"] / "bench" / "peer_llama_cpp.py",
 }
 
 

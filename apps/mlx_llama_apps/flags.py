@@ -98,6 +98,9 @@ if TYPE_CHECKING:
     class PlanFlags:
         """Those of them that decide how much memory a model takes."""
 
+    class CacheFlags:
+        """Those that decide how a text is read and cached, whatever its length."""
+
     class LoadFlags:
         """The fields of `LoadOptions`, each None when it was not given."""
 
@@ -120,6 +123,9 @@ else:
     ChatFlags = Parameter(name="*")(_flags_of(ChatOptions))
     PlanFlags = Parameter(name="*")(
         _flags_of(ContextOptions, only=("context", "kv_bits", "prefill_chunk"), **CONTEXT_TYPES)
+    )
+    CacheFlags = Parameter(name="*")(
+        _flags_of(ContextOptions, only=("kv_bits", "prefill_chunk"), **CONTEXT_TYPES)
     )
     LoadFlags = Parameter(name="*")(_flags_of(LoadOptions))
 

@@ -25,7 +25,7 @@ from cyclopts import (
 
 import mlx_llama
 from mlx_llama.errors import MlxLlamaError, OptionError, is_ctrl_c
-from mlx_llama_apps import chat, compare, convert, pull, quantize, run, show, verify
+from mlx_llama_apps import bench, chat, compare, convert, pull, quantize, run, show, verify
 from mlx_llama_apps.terminal import visible
 
 EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 1, 2, 130
@@ -55,6 +55,7 @@ COMMANDS = {
     "run": run.run,
     "chat": chat.chat,
     "compare": compare.compare,
+    "bench": bench.bench,
 }
 for _function in COMMANDS.values():
     app.command(_function)
