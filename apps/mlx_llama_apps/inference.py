@@ -6,7 +6,9 @@ Ctrl-C the caller goes on at once, and the thread gives up at its next slice.
 
 from __future__ import annotations
 
+import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -21,7 +23,7 @@ from mlx_llama_apps.terminal import StatusLine
 
 NOTICEABLE_BYTES = 64 << 20  # weights of a model that is slow enough to say why
 SLOWER = (
-    "4- and 8-bit models decode 10 to 17 times slower; `make kernels` builds them (docs/cpu.md)"
+    "4- and 8-bit models decode 11 to 18 times slower; `make kernels` builds them (docs/cpu.md)"
 )
 
 if TYPE_CHECKING:
@@ -192,6 +194,13 @@ def _left(until: float | None) -> float | None:
     return None if until is None else max(0.0, until - monotonic())
 
 
+def processors() -> int:
+    """Return how many processors this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def model_loader(
     path: Path,
     load_options: LoadOptions,
@@ -205,6 +214,11 @@ def model_loader(
     What will not fit into memory is refused before the first weight is read. needed: tokens that
     prompt and answer take, where they are known.
     """
+
+    threads = load_options.threads or 0
+    if threads > (n_processors := processors()):
+        found = "1 processor" if n_processors == 1 else f"{n_processors} processors"
+        remark(f"--threads {threads}: more than the {found} here, and slower")
 
     def load() -> Llama:
         from mlx_llama import ops

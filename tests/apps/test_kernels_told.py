@@ -69,3 +69,23 @@ def test_show_names_the_instructions_that_run(
 ) -> None:
     assert main(["show", str(packed_model)]) == 0
     assert "native kernels: " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(native.kernels() is None, reason="no native kernels")
+def test_more_threads_than_processors_are_told(
+    packed_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were slow without a word."""
+    kernels = native.kernels()
+    assert kernels is not None
+    before = kernels.threads()
+    monkeypatch.setattr(inference, "processors", lambda: 1)
+    arguments = ["run", str(packed_model), "--max-tokens", "2", "--raw", "in"]
+    try:
+        assert main([*arguments, "--threads", "2"]) == 0
+        told = capsys.readouterr().err
+        assert told == "--threads 2: more than the 1 processor here, and slower\n"
+        assert main([*arguments, "--threads", "1"]) == 0
+        assert capsys.readouterr().err == ""
+    finally:
+        kernels.use_threads(before)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_llama_apps.bench.bandwidth import chip_bandwidth, measured_bandwidth
+from mlx_llama_apps.inference import processors
 
 if TYPE_CHECKING:
     from mlx_llama.options import LoadOptions
@@ -31,13 +32,6 @@ def machine_facts(options: LoadOptions) -> dict[str, Any]:
         "bandwidth": measured_bandwidth(threads=threads, is_gpu=backend != "cpu"),
         "chip_bandwidth": None if chip is None else chip_bandwidth(chip, os.cpu_count()),
     }
-
-
-def processors() -> int:
-    """Return how many processors this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def peak_of(pid: int) -> int | None:
