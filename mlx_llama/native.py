@@ -45,6 +45,12 @@ def _found() -> tuple[ModuleType | None, str | None]:
         return None, f"mlx_llama_kernels is not whole ({error}): build it again"
     except ImportError as error:
         return None, str(error)
+    try:
+        # Another nanobind than MLX's lets it load, and then refuses every array.
+        mlx_llama_kernels.rms_norm(mx.ones((1, 2)), mx.ones((2,)), 1e-5)
+    except TypeError:
+        reason = "mlx_llama_kernels does not take MLX's arrays, it was built with another nanobind"
+        return None, f"{reason}: build it again"
     return mlx_llama_kernels, None
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -69,6 +71,23 @@ def test_show_names_the_instructions_that_run(
 ) -> None:
     assert main(["show", str(packed_model)]) == 0
     assert "native kernels: " in capsys.readouterr().out
+
+
+def test_kernels_that_refuse_arrays_are_named_and_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Built with another nanobind they loaded, and the first product failed."""
+
+    def refuse(*arguments: object) -> None:
+        raise TypeError("rms_norm(): incompatible function arguments")
+
+    fake = ModuleType("mlx_llama_kernels")
+    monkeypatch.setattr(fake, "rms_norm", refuse, raising=False)
+    monkeypatch.setitem(sys.modules, "mlx_llama_kernels", fake)
+    monkeypatch.setattr(native, "can_be_built", lambda: True)
+    found, reason = native._found.__wrapped__()
+    assert found is None and reason is not None
+    assert "another nanobind: build it again" in reason
 
 
 @pytest.mark.skipif(native.kernels() is None, reason="no native kernels")
