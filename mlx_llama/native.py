@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_llama.cache.view import View
 from mlx_llama.config import QuantFormat
 
 MOST_GROUPS = 4096  # of a matrix's row
@@ -73,9 +74,17 @@ def takes_product(x: mx.array, scales: mx.array, form: QuantFormat) -> bool:
     )
 
 
-def takes_heads(*arrays: mx.array) -> bool:
-    """Whether the kernels rotate and attend over such arrays (B, heads, L, D)."""
-    return all(
-        array.dtype in FLOATS and array.shape[-1] % 2 == 0 and array.shape[-1] <= MOST_HEAD_DIM
-        for array in arrays
+def takes_heads(x: mx.array) -> bool:
+    """Whether the kernels rotate x (B, heads, L, D)."""
+    return x.dtype in FLOATS and x.shape[-1] % 2 == 0 and x.shape[-1] <= MOST_HEAD_DIM
+
+
+def takes_view(q: mx.array, view: View) -> bool:
+    """Whether the kernels attend over a view with queries q (B, H, m, D)."""
+    stored = [tuple((rows.bits, rows.group) for rows in part) for part in view.parts]
+    floats = (q, *(rows.arrays[-1] for part in view.parts for rows in part))
+    return (
+        q.shape[-1] <= MOST_HEAD_DIM
+        and len(set(stored)) == 1
+        and all(array.dtype in FLOATS for array in floats)
     )

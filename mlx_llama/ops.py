@@ -163,15 +163,15 @@ def rotate(x: mx.array, periods: mx.array, offset: int) -> mx.array:
 def attention(q: mx.array, view: View, *, scale: float) -> mx.array:
     """Attend over a view: q (B, H, m, D), the newest m queries -> (B, H, m, D); float32 softmax.
 
-    Where a prompt meets packed rows, or a CPU, it evaluates: see `attention.attend`.
+    Where a prompt meets packed rows on a GPU, or a CPU without the native kernels, it evaluates:
+    see `attention.attend`.
     """
     if view.is_plain and backend() != "cpu":
         return _fused_attention(q, view, scale)
     ours = kernels()
-    if ours is not None and view.is_plain and view.sight.is_causal and len(view.parts) == 1:
-        keys, values = (rows.arrays[0] for rows in view.parts[0])
-        if native.takes_heads(q, keys, values):
-            return ours.attention(q, keys, values, scale)
+    if ours is not None and native.takes_view(q, view):
+        keys, values = ([part[which].arrays for part in view.parts] for which in (0, 1))
+        return ours.attention(q, keys, values, scale, view.sight.bounds(q.shape[2]))
     return attend(q, view, scale=scale, manner=attention_manner(q.dtype))
 
 

@@ -1,5 +1,7 @@
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include "operations.h"
 #include "primitives.h"
@@ -17,7 +19,10 @@ NB_MODULE(_kernels, m) {
   m.def("rotate", &mlk::graph::rotate, "x"_a, "periods"_a, "offset"_a,
         "RoPE of x (B, heads, L, D), half-split pairs, the first row at position offset.");
   m.def("attention", &mlk::graph::attention, "q"_a, "keys"_a, "values"_a, "scale"_a,
-        "The last m rows of q (B, H, m, D) over keys and values (B, K, S, D), causal.");
+        "sight"_a = nb::none(),
+        "The last m rows of q (B, H, m, D) over the parts of keys and values, each [(B, K, S, D)] or\n"
+        "packed [words, scales, biases]. sight (2, S) int32: the first and the last of the m that see a\n"
+        "row; without it each sees the rows up to its own.");
   m.def("instructions", [] { return std::string(mlk::chosen().name); },
         "Name the instruction set in use.");
   m.def("use_instructions", [](const std::string& name) { return mlk::choose(name.c_str()); },

@@ -104,11 +104,18 @@ void rotate(Pool& pool, const Table& table, const Heads& x, const float* periods
 }
 
 void attention(Pool& pool, const Table& table, const Attention& a) {
-  size_t work = a.k.m * a.q.dim * (a.q.heads / a.k.heads) * a.q.m;
-  size_t parts = table.attention_parts(a);
+  size_t parts = table.attention_parts(a), joins = table.attention_joins(a);
   if (parts == 0) return;
+  auto held = pool.lock();
+  float* partial = pool.common(table.attention_partial_floats(a));
+  size_t work = a.rows * a.q.dim * (a.q.heads * a.q.batch * a.q.m / parts);
   pool.each(parts, rows_at_once(work), [&](size_t first, size_t last, size_t thread) {
-    table.attention(a, pool.scratch(thread, table.attention_floats(a)), first, last);
+    table.attention(a, pool.scratch(thread, table.attention_floats(a)), partial, first, last);
+  });
+  if (parts == joins) return;
+  size_t numbers = table.attention_partial_floats(a) / joins;
+  pool.each(joins, rows_at_once(numbers), [&](size_t first, size_t last, size_t) {
+    table.attention_join(a, partial, first, last);
   });
 }
 

@@ -223,26 +223,73 @@ class Rotation : public OnCpu {
   int offset_;
 };
 
-class CausalAttention : public OnCpu {
+// How keys or values stand among a primitive's inputs: one array, or words, scales and biases.
+struct Storage {
+  int bits, group;
+  size_t arrays() const { return bits ? 3 : 1; }
+  bool operator==(const Storage&) const = default;
+};
+
+// One part's keys or values, from inputs[at] on.
+class Rowed {
  public:
-  CausalAttention(mx::Stream stream, float scale) : OnCpu(stream), scale_(scale) {}
+  Rowed(const Storage& how, const std::vector<array>& in, size_t at) : numbers_(in[at]) {
+    stored_ = {numbers_.get(), how.bits, {}, {}};
+    if (!how.bits) return;
+    scales_ = std::make_unique<Headed>(in[at + 1]);
+    biases_ = std::make_unique<Headed>(in[at + 2]);
+    stored_.scales = scales_->get(), stored_.biases = biases_->get();
+  }
+  const Stored& get() const { return stored_; }
+
+ private:
+  Headed numbers_;
+  std::unique_ptr<Headed> scales_, biases_;
+  Stored stored_;
+};
+
+class CacheAttention : public OnCpu {
+ public:
+  CacheAttention(mx::Stream stream, float scale, Storage keys, Storage values, size_t parts)
+      : OnCpu(stream), scale_(scale), keys_(keys), values_(values), parts_(parts) {}
   const char* name() const override { return "MlxLlamaAttention"; }
   bool reads_cache() const override { return true; }
   size_t tokens(const array& out) const override { return size_t(out.shape(0)) * out.shape(1); }
   bool is_equivalent(const Primitive& other) const override {
-    return scale_ == static_cast<const CausalAttention&>(other).scale_;
+    const auto& o = static_cast<const CacheAttention&>(other);
+    return scale_ == o.scale_ && keys_ == o.keys_ && values_ == o.values_ && parts_ == o.parts_;
   }
 
  protected:
   Work work() const override {
-    return [scale = scale_](const std::vector<array>& in, array& out) {
-      Headed q(in[0]), k(in[1]), v(in[2]);
-      mlk::attention(Pool::shared(), chosen(), {q.get(), k.get(), v.get(), scale, out.data<char>()});
+    return [scale = scale_, k = keys_, v = values_, parts = parts_](const std::vector<array>& in,
+                                                                   array& out) {
+      Headed q(in[0]);
+      std::vector<std::unique_ptr<Rowed>> held;
+      std::vector<Stored> keys, values;
+      size_t at = 1, rows = 0;
+      auto take = [&](const Storage& how, std::vector<Stored>& into) {
+        into.push_back(held.emplace_back(std::make_unique<Rowed>(how, in, at))->get());
+        at += how.arrays();
+      };
+      for (size_t part = 0; part < parts; ++part) {
+        take(k, keys);
+        take(v, values);
+        rows += keys.back().numbers.m;
+      }
+      std::unique_ptr<Straight> sight;
+      if (at < in.size()) sight = std::make_unique<Straight>(in[at]);
+      mlk::attention(Pool::shared(), chosen(),
+                     {q.get(), keys.data(), values.data(), parts, rows,
+                      sight ? static_cast<const int32_t*>(sight->data()) : nullptr, scale,
+                      out.data<char>()});
     };
   }
 
  private:
   float scale_;
+  Storage keys_, values_;
+  size_t parts_;
 };
 
 mx::Stream cpu() { return mx::default_stream(mx::Device::cpu); }
@@ -312,21 +359,84 @@ array rotate(const array& x, const array& periods, int offset) {
   return array(x.shape(), x.dtype(), std::make_shared<Rotation>(cpu(), offset), {x, periods});
 }
 
-array attention(const array& q, const array& keys, const array& values, float scale) {
-  for (const array& a : {q, keys, values}) {
-    require_float("q, keys and values", a);
-    if (a.ndim() != 4) refuse("q, keys and values: expected (batch, heads, rows, dim)");
+namespace {
+
+// Refuses what is not (batch, heads, rows, dim) as a cache stores it; returns how it is stored.
+Storage require_stored(const char* name, const std::vector<array>& arrays, const array& q) {
+  if (arrays.size() != 1 && arrays.size() != 3) {
+    refuse(name, ": found ", arrays.size(), " arrays, expected the numbers, or words, scales and ",
+           "biases");
   }
-  if (keys.shape() != values.shape() || q.shape(0) != keys.shape(0) ||
-      q.shape(3) != keys.shape(3) || q.shape(3) > 512 || q.shape(3) == 0) {
-    refuse("q, keys and values: expected one batch size, one dim up to 512, keys like values");
+  for (const array& a : arrays) {
+    if (a.ndim() != 4 || q.shape(0) != a.shape(0) || a.shape(1) == 0 || q.shape(1) % a.shape(1)) {
+      refuse(name, ": expected (batch, heads, rows, dim), of q's batch size, with heads that divide ",
+             "q's");
+    }
+    if (a.shape(1) != arrays[0].shape(1) || a.shape(2) != arrays[0].shape(2)) {
+      refuse(name, ": expected arrays of as many heads and rows");
+    }
   }
-  if (keys.shape(1) == 0 || q.shape(1) % keys.shape(1) || q.shape(2) > keys.shape(2)) {
-    refuse("q: expected a multiple of the keys' heads, and no more rows than keys");
+  int dim = q.shape(3);
+  if (arrays.size() == 1) {
+    require_float(name, arrays[0]);
+    if (arrays[0].shape(3) != dim) refuse(name, ": rows of ", arrays[0].shape(3), ", q's of ", dim);
+    return {0, 0};
+  }
+  require_float(name, arrays[1]);
+  int words = arrays[0].shape(3), groups = arrays[1].shape(3);
+  if (arrays[0].dtype() != mx::uint32 || arrays[2].dtype() != arrays[1].dtype()) {
+    refuse(name, ": expected words in uint32, scales and biases in one dtype");
+  }
+  if (words * 32 != dim * 8 && words * 32 != dim * 4) {
+    refuse(name, ": rows of ", words, " words for ", dim, " numbers, expected 8 or 4 bits each");
+  }
+  if (groups == 0 || dim % groups || (dim / groups) % 32 || arrays[2].shape(3) != groups) {
+    refuse(name, ": ", groups, " scales for rows of ", dim, ", expected groups of a multiple of 32");
+  }
+  return {words * 32 / dim, dim / groups};
+}
+
+}  // namespace
+
+array attention(const array& q, const std::vector<std::vector<array>>& keys,
+                const std::vector<std::vector<array>>& values, float scale,
+                const std::optional<array>& sight) {
+  require_float("q", q);
+  if (q.ndim() != 4 || q.shape(3) > 512 || q.shape(3) == 0) {
+    refuse("q: expected (batch, heads, rows, dim), dim up to 512");
+  }
+  if (keys.empty() || keys.size() != values.size()) {
+    refuse("keys and values: found ", keys.size(), " and ", values.size(), " parts, expected as many");
+  }
+  std::vector<array> inputs{q};
+  Storage stored[2];
+  int rows = 0;
+  for (size_t part = 0; part < keys.size(); ++part) {
+    for (auto [which, arrays] : {std::pair(0, &keys[part]), std::pair(1, &values[part])}) {
+      Storage found = require_stored(which ? "values" : "keys", *arrays, q);
+      if (part && !(found == stored[which])) refuse("keys and values: expected parts stored alike");
+      stored[which] = found;
+      inputs.insert(inputs.end(), arrays->begin(), arrays->end());
+    }
+    const array &k = keys[part][0], &v = values[part][0];
+    if (k.shape(2) != v.shape(2) || k.shape(1) != v.shape(1) || k.shape(1) != keys[0][0].shape(1)) {
+      refuse("keys and values: expected as many rows and heads");
+    }
+    rows += k.shape(2);
+  }
+  if (sight) {
+    if (sight->dtype() != mx::int32 || sight->shape() != mx::Shape{2, rows}) {
+      refuse("sight: expected (2, ", rows, ") int32");
+    }
+    inputs.push_back(*sight);
+  } else if (q.shape(2) > rows) {
+    refuse("q: expected no more rows than keys");
   }
   // Written as the next product reads it, (batch, rows, heads, dim).
   mx::Shape shape{q.shape(0), q.shape(2), q.shape(1), q.shape(3)};
-  array out(shape, q.dtype(), std::make_shared<CausalAttention>(cpu(), scale), {q, keys, values});
+  auto primitive =
+      std::make_shared<CacheAttention>(cpu(), scale, stored[0], stored[1], keys.size());
+  array out(shape, q.dtype(), primitive, inputs);
   return mx::transpose(out, {0, 2, 1, 3}, cpu());
 }
 

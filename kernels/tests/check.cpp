@@ -171,43 +171,128 @@ void check_rotation(Pool& pool, const Table& table) {
   }
 }
 
+// Keys or values as a cache stores them, and what they are exactly.
+struct Cached {
+  size_t heads, rows, dim;
+  Values scales, biases, plain;
+  std::vector<uint32_t> words;
+  Stored stored;
+  int group;
+
+  Cached(Type type, int bits, size_t batch, size_t heads, size_t rows, size_t dim, int group,
+         bool by_row)
+      : heads(heads), rows(rows), dim(dim), scales(type, {}), biases(type, {}), plain(type, {}),
+        group(group) {
+    size_t all = batch * heads * rows;
+    if (!bits) {
+      plain = Values(type, normals(all * dim));
+      stored = {heads_of(plain, batch, heads, rows, dim, by_row), 0, {}, {}};
+      return;
+    }
+    words.resize(all * dim * bits / 32);
+    for (auto& word : words) word = random_bits();
+    auto small = normals(all * dim / group);
+    for (float& value : small) value /= 1 << (bits - 1);
+    scales = Values(type, small), biases = Values(type, normals(all * dim / group));
+    stored.bits = bits;
+    stored.numbers = heads_of(plain, batch, heads, rows, dim * bits / 32, by_row);
+    stored.numbers.data = words.data();
+    stored.scales = heads_of(scales, batch, heads, rows, dim / group, by_row);
+    stored.biases = heads_of(biases, batch, heads, rows, dim / group, by_row);
+  }
+
+  double at(size_t batch, size_t head, size_t row, size_t d) const {
+    auto from = [&](const Heads& x) {
+      return batch * x.stride_batch + head * x.stride_head + row * x.stride_row;
+    };
+    int bits = stored.bits;
+    if (!bits) return plain.exact[from(stored.numbers) + d];
+    uint32_t q = words[from(stored.numbers) + d * bits / 32] >> (d * bits % 32) & ((1u << bits) - 1);
+    size_t g = from(stored.scales) + d / group;
+    return scales.exact[g] * q + biases.exact[g];
+  }
+  // The sum of magnitudes that `at` adds.
+  double size(size_t batch, size_t head, size_t row, size_t d) const {
+    if (!stored.bits) return std::abs(at(batch, head, row, d));
+    const Heads& x = stored.scales;
+    size_t g = batch * x.stride_batch + head * x.stride_head + row * x.stride_row + d / group;
+    return std::abs(at(batch, head, row, d) - biases.exact[g]) + std::abs(biases.exact[g]);
+  }
+};
+
 void check_attention(Pool& pool, const Table& table) {
-  size_t batch = between(1, 2), shared = between(1, 3), group = between(1, 5), dim = between(1, 70);
-  size_t m = between(1, 20), rows = m + between(0, 200);
+  const int kinds[] = {0, 0, 8, 4};
+  int key_bits = kinds[between(0, 3)], value_bits = kinds[between(0, 3)];
+  size_t batch = between(1, 2), shared = between(1, 3), group = between(1, 5);
+  size_t dim = key_bits || value_bits ? 32 * between(1, 4) : between(1, 70);
+  size_t m = between(0, 2) ? between(1, 20) : between(1, 3), heads = shared * group;
+  std::vector<size_t> lengths{size_t(between(1, 200))};
+  if (!between(0, 9)) lengths[0] += 2500;
+  if (between(0, 1)) lengths.push_back(between(1, 90));
+  size_t rows = 0;
+  for (size_t length : lengths) rows += length;
+  m = std::min(m, rows);
   Type type = any_type(), cached = any_type();
-  size_t heads = shared * group;
   Values q(type, normals(batch * heads * m * dim));
-  Values k(cached, normals(batch * shared * rows * dim)), v(cached, normals(batch * shared * rows * dim));
-  std::vector<char> y(q.bytes.size());
   Heads qs = heads_of(q, batch, heads, m, dim, between(0, 1));
-  Heads ks = heads_of(k, batch, shared, rows, dim, between(0, 1));
-  Heads vs = heads_of(v, batch, shared, rows, dim, false);
+  std::vector<Cached> keys, values;
+  std::vector<Stored> stored_keys, stored_values;
+  int groups[2] = {32, 32};
+  for (int& size : groups) {
+    for (int other : {64, 128}) {
+      if (dim % other == 0 && between(0, 1)) size = other;
+    }
+  }
+  for (size_t length : lengths) {
+    keys.reserve(2), values.reserve(2);
+    bool by_row = between(0, 1);
+    keys.emplace_back(cached, key_bits, batch, shared, length, dim, groups[0], by_row);
+    values.emplace_back(cached, value_bits, batch, shared, length, dim, groups[1], false);
+    stored_keys.push_back(keys.back().stored), stored_values.push_back(values.back().stored);
+  }
+  std::vector<int32_t> sight;
+  if (between(0, 1)) {
+    sight.resize(2 * rows);
+    for (size_t r = 0; r < rows; ++r) {
+      sight[r] = between(-3, int(m) + 3), sight[rows + r] = sight[r] + between(-2, int(m));
+    }
+    sight[0] = 0, sight[rows] = int(m);  // each query sees something
+  }
+  std::vector<char> y(q.bytes.size());
   float scale = 1 / std::sqrt(float(dim));
-  attention(pool, table, {qs, ks, vs, scale, y.data()});
-  auto at = [](const Values& x, const Heads& h, size_t b, size_t head, size_t row, size_t d) {
-    return x.exact[b * h.stride_batch + head * h.stride_head + row * h.stride_row + d];
-  };
+  attention(pool, table,
+            {qs, stored_keys.data(), stored_values.data(), lengths.size(), rows,
+             sight.empty() ? nullptr : sight.data(), scale, y.data()});
   for (size_t b = 0; b < batch; ++b)
     for (size_t h = 0; h < heads; ++h)
       for (size_t i = 0; i < m; ++i) {
-        size_t sees = rows - m + i + 1;
-        std::vector<double> weights(sees);
-        double total = 0, most = -1e300;
-        for (size_t r = 0; r < sees; ++r) {
-          for (size_t d = 0; d < dim; ++d) weights[r] += at(q, qs, b, h, i, d) * at(k, ks, b, h / group, r, d);
-          weights[r] *= scale;
-          most = std::max(most, weights[r]);
-        }
-        for (double& w : weights) total += w = std::exp(w - most);
-        for (size_t d = 0; d < dim; ++d) {
-          double expected = 0, size = 0;
-          for (size_t r = 0; r < sees; ++r) {
-            double value = at(v, vs, b, h / group, r, d);
-            expected += weights[r] / total * value;
-            size += weights[r] / total * std::abs(value);
+        std::vector<double> weights, columns(dim), sizes(dim);
+        double total = 0, most = -1e300, largest = 0;
+        size_t row = 0, from = b * qs.stride_batch + h * qs.stride_head + i * qs.stride_row;
+        for (size_t part = 0; part < lengths.size(); ++part)
+          for (size_t r = 0; r < lengths[part]; ++r, ++row) {
+            bool is_seen = sight.empty() ? row <= rows - m + i
+                                         : sight[row] <= int(i) && sight[rows + row] >= int(i);
+            double score = 0, size = 0;
+            for (size_t d = 0; d < dim; ++d) {
+              score += q.exact[from + d] * keys[part].at(b, h / group, r, d) * scale;
+              size += std::abs(q.exact[from + d]) * keys[part].size(b, h / group, r, d) * scale;
+            }
+            weights.push_back(is_seen ? score : -HUGE_VAL);
+            if (is_seen) most = std::max(most, score), largest = std::max(largest, size);
           }
+        for (double& w : weights) total += w = std::exp(w - most);
+        row = 0;
+        for (size_t part = 0; part < lengths.size(); ++part)
+          for (size_t r = 0; r < lengths[part]; ++r, ++row)
+            for (size_t d = 0; d < dim; ++d) {
+              columns[d] += weights[row] / total * values[part].at(b, h / group, r, d);
+              sizes[d] += weights[row] / total * values[part].size(b, h / group, r, d);
+            }
+        for (size_t d = 0; d < dim; ++d) {
           double found = read(type, y, ((b * m + i) * heads + h) * dim + d);
-          require(found, expected, 5e-6 * size + rounding(type, expected), "attention");
+          double bound = (rows / 64.0 + 64 + 8 * largest) * EPSILON * sizes[d];
+          require(found, columns[d], bound + rounding(type, columns[d]), "attention");
         }
       }
 }

@@ -39,6 +39,7 @@ class Sight:
     tokens: np.ndarray | None = None
     window: Window | None = None
     _known: dict[tuple[int, int, int], Mask] = field(default_factory=dict)
+    _bounds: dict[int, mx.array] = field(default_factory=dict)
 
     @property
     def is_causal(self) -> bool:
@@ -51,6 +52,20 @@ class Sight:
         if key not in self._known:
             self._known[key] = self._mask(*key)
         return self._known[key]
+
+    def bounds(self, n_queries: int) -> mx.array | None:
+        """Return the first and the last of the last n_queries that see each row, (2, S) int32.
+
+        None where each sees all rows up to its own, as `is_causal` says.
+        """
+        if self.tokens is None or self.window is None:
+            return None
+        if n_queries not in self._bounds:
+            first, last = self.window.seen_by(self.tokens)
+            start = self.start + self.n_tokens - n_queries
+            counted = np.clip(np.stack([first, last]) - start, -1, n_queries)
+            self._bounds[n_queries] = mx.array(counted.astype(np.int32))
+        return self._bounds[n_queries]
 
     def _mask(self, n_queries: int, start: int, stop: int) -> Mask:
         end = self.start + self.n_tokens

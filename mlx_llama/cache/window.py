@@ -16,6 +16,7 @@ from mlx_llama.errors import ContextOverflowError, OptionError
 
 # Turning positions back rewrites every key, so it must buy this share of the trained range.
 TURN_SHARE = 16
+NEVER = 1 << 62  # a token that no query is
 
 
 @dataclass(slots=True)
@@ -192,3 +193,11 @@ class Window:
         ask, seen = queries[:, None], tokens[None, :]
         near = (seen < self.keep) | (seen > ask - self.span)
         return (seen >= 0) & (seen <= ask) & near
+
+    def seen_by(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first and the last query token that see each of tokens (S,), int64.
+
+        It is what `visible` says; of -1, which nobody sees, the last comes before the first.
+        """
+        last = np.where(tokens < self.keep, NEVER, tokens + self.span - 1)
+        return tokens, np.where(tokens < 0, -2, last)

@@ -44,11 +44,23 @@ struct Heads {
   ptrdiff_t stride_batch, stride_head, stride_row;
 };
 
-// Attention of the last q.m of k.m rows: query i sees rows up to k.m - q.m + i.
+// Keys or values as a cache stores them: plain numbers, or packed to 8 or 4 bits, where a number is
+// scale * q + bias with one scale and bias for dim / scales.dim numbers of a row.
+struct Stored {
+  Heads numbers;  // packed: words of 32 / bits numbers each, the first one lowest
+  int bits;       // 0 where plain
+  Heads scales, biases;
+};
+
+// Attention over stored rows, which come in parts: keys[i] and values[i], all stored alike.
 struct Attention {
-  Heads q, k, v;
+  Heads q;
+  const Stored *keys, *values;
+  size_t parts, rows;    // rows of all parts
+  const int32_t* sight;  // (2, rows): the first and the last query that see a row; null is causal:
+                         // query i sees rows up to rows - q.m + i
   float scale;
-  void* out;  // (batch, heads, m, dim), of q's type
+  void* out;  // (batch, m, heads, dim), of q's type
 };
 
 struct Table {
@@ -76,10 +88,14 @@ struct Table {
   void (*swiglu)(const Rows& x, void* y, size_t first, size_t last);
   // Parts are (batch, head) pairs. angles: (m, dim / 2) cosines, then as many sines.
   void (*rotate)(const Heads& x, const float* angles, void* y, size_t first, size_t last);
-  // Parts: see attention_parts. scratch: attention_floats for each thread.
+  // Parts: see attention_parts; attention_joins of them, each of one or more, are joined at last.
+  // scratch: attention_floats for each thread; partial: attention_partial_floats for all.
   size_t (*attention_parts)(const Attention&);
+  size_t (*attention_joins)(const Attention&);
   size_t (*attention_floats)(const Attention&);
-  void (*attention)(const Attention&, float* scratch, size_t first, size_t last);
+  size_t (*attention_partial_floats)(const Attention&);
+  void (*attention)(const Attention&, float* scratch, float* partial, size_t first, size_t last);
+  void (*attention_join)(const Attention&, float* partial, size_t first, size_t last);
 };
 
 constexpr size_t few_rows = 5;
