@@ -53,11 +53,14 @@ def _quantization(config: ModelConfig) -> str:
 
 
 def _digest(model: LlamaModel) -> str:
-    """Return a digest of every row's sum, its bits taken as whole numbers: any change shows."""
+    """Return a digest of every row's sum, its bits taken as whole numbers: any change shows.
+
+    Halves are taken as float32, which scales are where no native kernel reads them as stored.
+    """
     digest = hashlib.sha256()
     for array in model.arrays():
-        words = mx.contiguous(array).view(mx.uint16 if array.itemsize == 2 else mx.uint32)
-        sums = words.astype(mx.uint32).sum(axis=-1, keepdims=True)
+        wide = array.astype(mx.float32) if array.itemsize == 2 else array
+        sums = mx.contiguous(wide).view(mx.uint32).sum(axis=-1, keepdims=True)
         mx.eval(sums)
         digest.update(byte_view(sums))
     return digest.hexdigest()[:32]

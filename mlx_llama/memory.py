@@ -143,18 +143,25 @@ def workspace_bytes(demand: Demand, context: int) -> int:
     """Return the largest working set of a pass: what half a block has alive at once on a CPU.
 
     The factors count arrays of `model` and `attention`; they were measured, in float32 and
-    bfloat16, on shapes from 4M parameters to an 8B's.
+    bfloat16, on shapes from 4M parameters to an 8B's. A pass that overwrites a ring keeps its own
+    rows of every layer until it is over.
     """
     config, dtype = demand.config, demand.dtype
     chunk = demand.chunk if demand.slides else min(demand.chunk, context)
     seen = context + chunk if demand.slides else context
-    if demand.bits.is_plain and not demand.slides and ops.kernels() is not None:
-        return _native_bytes(config, dtype, chunk)
-    return max(
-        _feed_forward_bytes(config, dtype, chunk),
-        _prompt_attention_bytes(demand, seen, chunk),
-        _token_attention_bytes(config, context, demand.bits, dtype),
-    ) + (_sliding_bytes(demand, context, chunk) if demand.slides else 0)
+    pending = chunk * cache_bytes_per_token(config, demand.bits, dtype) if demand.slides else 0
+    if ops.kernels() is not None:
+        return _native_bytes(config, dtype, chunk) + pending
+    masks = chunk * seen if demand.slides else 0
+    return (
+        pending
+        + masks
+        + max(
+            _feed_forward_bytes(config, dtype, chunk),
+            _prompt_attention_bytes(demand, seen, chunk),
+            _token_attention_bytes(config, context, demand.bits, dtype),
+        )
+    )
 
 
 def _native_bytes(config: ModelConfig, dtype: mx.Dtype, chunk: int) -> int:
@@ -162,12 +169,6 @@ def _native_bytes(config: ModelConfig, dtype: mx.Dtype, chunk: int) -> int:
     heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     numbers = 4 * config.dim + max(3 * config.hidden_dim, 3 * heads + 3 * kv_heads)
     return numbers * chunk * dtype.size
-
-
-def _sliding_bytes(demand: Demand, context: int, chunk: int) -> int:
-    """Count what a pass that overwrites has to keep: its rows in every layer, and its masks."""
-    rows = chunk * cache_bytes_per_token(demand.config, demand.bits, demand.dtype)
-    return rows + chunk * (context + chunk)
 
 
 def _feed_forward_bytes(config: ModelConfig, dtype: mx.Dtype, chunk: int) -> int:

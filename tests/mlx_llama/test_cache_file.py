@@ -28,6 +28,7 @@ from model_folders import arrays_of
 from random_models import CASES, random_model
 
 CASE = CASES["llama3"]  # two heads of 64 numbers for keys and values, so that they can be packed
+HALF_TYPES = (mx.bfloat16, mx.float16)
 IDS = [n % 250 for n in range(1, 61)]
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {"capacity": 64},
@@ -395,3 +396,17 @@ def test_several_texts_are_not_saved_as_one(tmp_path: Path, model: LlamaModel) -
 def test_ids_that_the_cache_does_not_count_are_refused(tmp_path: Path, model: LlamaModel) -> None:
     with pytest.raises(ValueError, match="6 tokens for a cache of 5"):
         save_cache(tmp_path / "c", filled(model, 5, capacity=8), tokens=IDS[:6], fingerprint={})
+
+
+def test_a_cache_outlives_the_native_kernels(model: LlamaModel, monkeypatch: Any) -> None:
+    """With them scales stay in 16 bits, without they are widened: it was taken for another model."""
+    halves = [mx.arange(64, dtype=mx.float32).reshape(8, 8).astype(kind) for kind in HALF_TYPES]
+    found = []
+    for arrays in (
+        halves,
+        [half.astype(mx.float32) for half in halves],
+        [halves[0], halves[0] + 1],
+    ):
+        monkeypatch.setattr(LlamaModel, "arrays", lambda _, arrays=arrays: arrays)
+        found.append(model_fingerprint(model, mx.float32))
+    assert found[0] == found[1] != found[2]

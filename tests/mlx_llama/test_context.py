@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mlx_llama
-from mlx_llama import Llama, Message, context, memory, ops
+from mlx_llama import Llama, Message, context, memory
 from mlx_llama.cache import KVBits, KVCache
 from mlx_llama.config import ModelConfig
 from mlx_llama.errors import ContextOverflowError, MemoryShortError, OptionError
@@ -21,7 +21,6 @@ from mlx_llama.memory import Demand
 from mlx_llama.options import ContextOptions, GenerationOptions
 from mlx_llama.weights import build_model, hf_module, tensor_shapes
 
-NATIVE_EXCESS = 0.3  # where the kernels do a part of what slides or is packed late
 PEAK_TOLERANCE = 0.05  # of the predicted peak, as promised
 
 
@@ -215,9 +214,7 @@ def test_predicted_peak_is_the_real_one(name: str, dtype: mx.Dtype) -> None:
     assert len(list(generate(model, cache, request))) == 4
     demand = Demand(config, weights, case.bits, dtype, case.chunk, case.slides, case.packed_from)
     predicted, found = demand.at(case.n_tokens, None).total, mx.get_peak_memory() - others
-    # The native kernels take what MLX's operations would need more for: a plan may be too large.
-    most = PEAK_TOLERANCE if ops.kernels() is None else NATIVE_EXCESS
-    assert -PEAK_TOLERANCE < predicted / found - 1 < most, (predicted, found, predicted / found)
+    assert abs(predicted / found - 1) < PEAK_TOLERANCE, (predicted, found, predicted / found)
 
 
 class NoText:
