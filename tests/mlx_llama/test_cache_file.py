@@ -399,7 +399,7 @@ def test_ids_that_the_cache_does_not_count_are_refused(tmp_path: Path, model: Ll
 
 
 def test_a_cache_outlives_the_native_kernels(model: LlamaModel, monkeypatch: Any) -> None:
-    """With them scales stay in 16 bits, without they are widened: it was taken for another model."""
+    """With them scales stay in 16 bits, without they are widened: it was refused."""
     halves = [mx.arange(64, dtype=mx.float32).reshape(8, 8).astype(kind) for kind in HALF_TYPES]
     found = []
     for arrays in (
