@@ -18,7 +18,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from mlx_llama.errors import OptionError
 
 KV_BITS = (16, 8, 4, "16:8", "16:4", "8:16", "8:4", "4:16", "4:8")
-METHODS = ("rtn", "mse", "gptq", "awq", "awq+gptq")
+METHODS = ("rtn", "mse", "gptq", "awq", "awq+gptq", "auto")
 MODE_BITS = {"affine": 4, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4}  # what each has by default
 DTYPE_NAMES = ("bfloat16", "float16", "float32")
 DEFAULT_TEMPERATURE = 0.6  # Meta's reference code and the Llama 3 release
@@ -306,6 +306,13 @@ class ConvertOptions(_Checked):
     """What a model directory shall hold."""
 
     bits: int | None = _option(None, "bits per weight (default: 4)", choices=(2, 3, 4, 5, 6, 8))
+    target_bpw: float | None = _option(
+        None,
+        "bits per weight of the whole model as stored, at most: bits and group of each matrix are "
+        "chosen by measuring what its packing costs",
+        low=2.0,
+        high=16.0,
+    )
     group_size: int | None = _option(
         None,
         "weights that share a scale (default: 64, or the largest that divides a width)",
@@ -328,7 +335,7 @@ class ConvertOptions(_Checked):
         "rtn",
         "rtn (round to nearest), mse (scales of least squared error; default of quantize), or with "
         "a calibration text: gptq (weights make up for each other's errors), awq (finer steps for "
-        "strong inputs), awq+gptq (both)",
+        "strong inputs), awq+gptq (both), auto (of those what errs least, matrix by matrix)",
         choices=METHODS,
     )
     override: list[str] = _option(
@@ -343,7 +350,9 @@ class ConvertOptions(_Checked):
 
     @property
     def weight_bits(self) -> int | None:
-        """Bits of most weights, None without quantization."""
+        """Bits of most weights, None without quantization and where they are to be chosen."""
+        if self.target_bpw is not None:
+            return None
         return (self.bits or MODE_BITS[self.mode]) if self.quantize else None
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 from mlx_llama.config import ModelConfig, QuantFormat
 from mlx_llama.errors import OptionError
@@ -30,7 +32,8 @@ class ConversionPlan:
     """One conversion.
 
     config: of the result. forms: by Meta's name, in writing order, None for a tensor that is not
-    packed. notes: what the user should know before it starts.
+    packed. notes: what the user should know before it starts. spec: what was asked for; None
+    without quantization. chosen: how bits were chosen for a size, as the manifest has it.
     """
 
     source: SourceModel
@@ -38,6 +41,13 @@ class ConversionPlan:
     config: ModelConfig
     forms: Mapping[str, QuantFormat | None]
     notes: tuple[str, ...]
+    spec: QuantSpec | None = None
+    chosen: Mapping[str, Any] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether bits are still to be chosen by measuring; forms are then no more than allowed."""
+        return self.options.target_bpw is not None and self.chosen is None
 
     def entries_of(self, name: str) -> list[Entry]:
         """Return what one tensor becomes: (Hugging Face name, dtype, shape) each."""
@@ -86,51 +96,73 @@ class ConversionPlan:
         )
 
 
-def make_plan(source: SourceModel, options: ConvertOptions) -> ConversionPlan:
+def make_plan(
+    source: SourceModel,
+    options: ConvertOptions,
+    *,
+    forms: Mapping[str, QuantFormat] = MappingProxyType({}),
+) -> ConversionPlan:
     """Decide every tensor's format and the result's configuration.
 
+    forms: what was chosen by measuring, which goes before what the options say.
     Raises OptionError for a setting that could not take effect.
     """
     weights = source.weights
-    spec = _spec(source, options)
-    forms = {n: spec.format_of(n, weights.shape(n)) if spec else None for n in weights.names()}
-    if spec and (unused := spec.unused(forms)):
+    spec = _spec(source, options, forms)
+    wanted = {n: spec.format_of(n, weights.shape(n)) if spec else None for n in weights.names()}
+    found = {name: forms.get(name, form) for name, form in wanted.items()}
+    if spec:
+        _check(spec, options, found)
+    return ConversionPlan(
+        source=source,
+        options=options,
+        config=_config(source, options, spec, found),
+        forms=found,
+        notes=(*source.notes, *(_notes(source, spec, found) if spec and not forms else [])),
+        spec=spec,
+    )
+
+
+def _check(
+    spec: QuantSpec, options: ConvertOptions, forms: Mapping[str, QuantFormat | None]
+) -> None:
+    """Refuse what could not take effect."""
+    if unused := spec.unused(forms):
         raise OptionError(
             f"--override {unused[0]}: means no matrix; take a class ({', '.join(CLASSES)}) or a "
             "name such as layers.0.attention.wq or model.layers.0.*, with * and ?"
         )
-    if spec and not any(forms.values()):
+    if not any(forms.values()):
         raise OptionError(
             "--bits: no matrix has a width that a group of 32 divides, none can be packed; "
             "convert it with --no-quantize"
         )
-    if (
-        options.method != "rtn"
-        and spec
-        and not any(f and f.mode == "affine" for f in forms.values())
-    ):
+    if options.method != "rtn" and not any(f and f.mode == "affine" for f in forms.values()):
         raise OptionError(
             f"--method {options.method}: mode {options.mode} has one way to choose its scales; "
             "take --method rtn"
         )
-    config = _config(source, options, spec, forms)
-    return ConversionPlan(
-        source=source,
-        options=options,
-        config=config,
-        forms=forms,
-        notes=(*source.notes, *_notes(source, spec, forms)),
-    )
 
 
-def _spec(source: SourceModel, options: ConvertOptions) -> QuantSpec | None:
+def _spec(
+    source: SourceModel, options: ConvertOptions, chosen: Mapping[str, QuantFormat]
+) -> QuantSpec | None:
     if not options.quantize:
         if options.group_size is not None:
             raise OptionError(
                 "--group-size: does nothing with --no-quantize; leave one of them out"
             )
         return None
+    if options.target_bpw is not None:
+        for option, is_given in (
+            ("--bits", options.bits is not None),
+            ("--mode", options.mode != "affine"),
+        ):
+            if is_given:
+                raise OptionError(f"{option}: --target-bpw chooses it; leave one of them out")
     form = mode_format(options.mode, options.bits, options.group_size)
+    if chosen:  # what most have is the default, and the others are the exceptions
+        form = Counter(chosen.values()).most_common(1)[0][0]
     group_size = options.group_size or DEFAULT_GROUP_SIZE
     overrides = tuple(Override.parse(o, group_size=group_size) for o in options.override)
     return QuantSpec(form.bits, form.group_size, form.mode, overrides, is_tied=source.config.tied)
@@ -161,10 +193,8 @@ def _config(
 
 
 def _notes(
-    source: SourceModel, spec: QuantSpec | None, forms: Mapping[str, QuantFormat | None]
+    source: SourceModel, spec: QuantSpec, forms: Mapping[str, QuantFormat | None]
 ) -> list[str]:
-    if spec is None:
-        return []
     notes: list[str] = []
     if spec.bits <= 4 and SMALL_MODEL[0] <= source.config.parameter_count <= SMALL_MODEL[1]:
         notes.append(

@@ -29,7 +29,9 @@ from mlx_llama.tokenizer import Tokenizer
 from mlx_llama.weights import EMBEDDING, NORM, OUTPUT, WeightSource, hf_module
 from mlx_llama_quantize import awq, gptq
 from mlx_llama_quantize.packing import PARTS, pack_matrix
+from mlx_llama_quantize.products import for_texts, second_moments
 from mlx_llama_quantize.texts import Text
+from mlx_llama_quantize.walking import embedded, layer_arithmetic
 
 CONTEXT = 512  # tokens of a window
 MAX_TOKENS = 32768  # of the text; more say little more
@@ -46,8 +48,7 @@ class _Input:
     hessian: mx.array | None = None
 
     def add(self, x: mx.array) -> None:
-        rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
-        product = rows.T @ rows
+        product = second_moments(x)
         self.hessian = product if self.hessian is None else self.hessian + product
         mx.eval(self.hessian)
 
@@ -126,7 +127,7 @@ class Calibration:
         windows, config = self.windows, self.source.config
         done, states = self._resumed(len(windows))
         total, passed = config.n_layers * len(windows), done * len(windows)
-        model = self._model()
+        model = layer_arithmetic(self.source)
         if done == 0:
             states = self._embedded(windows)
 
@@ -241,7 +242,7 @@ class Calibration:
     ) -> Block:
         def stacked(place: str) -> Matrix:
             parts = [matrices[f"layers.{index}.{r}.weight"] for r in awq.READERS[place]]
-            matrix = stack_rows(parts)
+            matrix = for_texts(stack_rows(parts))
             return matrix if inputs is None else _Watched(matrix, inputs[place])
 
         def norm(name: str) -> mx.array:
@@ -301,30 +302,18 @@ class Calibration:
         self._save("head", {f"{module}.{p}": a for p, a in zip(PARTS, arrays, strict=True)})
         return path
 
-    def _model(self) -> LlamaModel:
-        """Return what knows the arithmetic of a block; its ends are not used."""
-        nothing = Dense(mx.zeros((1, 1)))
-        norm = self.source.read(NORM)
-        return LlamaModel(
-            self.source.config, tok_embeddings=nothing, blocks=(), norm=norm, output=nothing
-        )
-
     def _embedded(self, windows: np.ndarray) -> list[mx.array]:
-        """Return the rows of the embedding, packed and unpacked as they will be, (1, L, dim) each.
-
-        Only the rows of tokens that the text has are read.
-        """
-        tokens, places = np.unique(windows, return_inverse=True)
-        rows = [self.source.read(EMBEDDING, slice(int(t), int(t) + 1)) for t in tokens]
-        values = self._cast(EMBEDDING, mx.concatenate(rows))
+        """Return the rows of the embedding, packed and unpacked as they will be."""
         form = self.forms[EMBEDDING]
-        if form is not None:
+
+        def change(rows: mx.array) -> mx.array:
+            values = self._cast(EMBEDDING, rows)
+            if form is None:
+                return values
             packed = self._matrix(EMBEDDING, pack_matrix(values, form, "mse"))
-            values = packed.rows(mx.arange(len(tokens)))
-        table = values.astype(mx.float32)
-        states = [table[mx.array(row)][None] for row in places.reshape(windows.shape)]
-        mx.eval(states)
-        return states
+            return packed.rows(mx.arange(len(values)))
+
+        return embedded(self.source, windows, change)
 
     # --- going on where it stopped ---
 

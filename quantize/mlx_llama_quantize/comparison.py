@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import fields
 from pathlib import Path
 from zipfile import BadZipFile
@@ -23,6 +23,7 @@ from mlx_llama.memory import Demand, memory_found
 from mlx_llama.model import Block, LlamaModel
 from mlx_llama.weights import build_blocks, build_ends
 from mlx_llama_quantize.divergence import TokenScores, score_tokens
+from mlx_llama_quantize.products import block_for_texts, for_texts
 from mlx_llama_quantize.subject import Subject
 from mlx_llama_quantize.windows import Windows
 
@@ -42,15 +43,20 @@ class Side:
         self.dtype = subject.dtype_with(dtype)
         arrays = subject.arrays()
         self.ends: LlamaModel = build_ends(self.config, arrays, dtype=self.dtype)
+        output = for_texts(self.ends.output)
+        self.ends.output, self.ends.tok_embeddings = output, for_texts(self.ends.tok_embeddings)
         self._blocks: list[Block] | None = None
         if is_resident:
-            self._blocks = list(build_blocks(self.config, arrays, dtype=self.dtype))
+            self._blocks = [*self._built(arrays)]
 
     def blocks(self) -> Iterator[Block]:
         """Yield the blocks, read anew unless they stay in memory."""
         if self._blocks is not None:
             return iter(self._blocks)
-        return build_blocks(self.config, self.subject.arrays(), dtype=self.dtype)
+        return self._built(self.subject.arrays())
+
+    def _built(self, arrays: MutableMapping[str, mx.array]) -> Iterator[Block]:
+        return map(block_for_texts, build_blocks(self.config, arrays, dtype=self.dtype))
 
     def hidden(
         self, windows: Windows, chosen: range, on_window: Callable[[], None]

@@ -45,19 +45,30 @@ class TokenScores:
 
 def score_tokens(logits_a: mx.array, logits_b: mx.array, targets: mx.array) -> TokenScores:
     """Compare two predictions of each token. logits: (N, V) float32; targets: (N,)."""
-    log_a = logits_a - mx.logsumexp(logits_a, axis=-1, keepdims=True)
-    log_b = logits_b - mx.logsumexp(logits_b, axis=-1, keepdims=True)
-    p_a, p_b, d = mx.exp(log_a), mx.exp(log_b), log_a - log_b
-    # The sum of p*log(p/q); p and q sum to 1 each, so that p - q may be taken off term by term.
-    # Each term is 0 or more then, and equal models differ by exactly 0.
-    terms = mx.where(mx.abs(d) < NEAR, p_a * (d + mx.expm1(-d)), p_a * d - p_a + p_b)
-    kld = terms.sum(axis=-1)
+    log_a, log_b = log_softmax(logits_a), log_softmax(logits_b)
+    kld = divergences(log_a, log_b)
     pick = targets[:, None]
     own_a, own_b = (mx.take_along_axis(x, pick, axis=-1)[:, 0] for x in (log_a, log_b))
     same = mx.argmax(logits_a, axis=-1) == mx.argmax(logits_b, axis=-1)
-    found = (-own_a, -own_b, mx.maximum(kld, 0), mx.exp(own_b) - mx.exp(own_a), same)
+    found = (-own_a, -own_b, kld, mx.exp(own_b) - mx.exp(own_a), same)
     mx.eval(found)
     return TokenScores(*(np.array(each) for each in found))
+
+
+def log_softmax(logits: mx.array) -> mx.array:
+    """Return the logarithms of probabilities (N, V) for scores (N, V)."""
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def divergences(log_a: mx.array, log_b: mx.array) -> mx.array:
+    """Return the divergence of B's predictions from A's, (N,) nats; logarithms (N, V) float32.
+
+    The sum of p*log(p/q); p and q sum to 1 each, so that p - q may be taken off term by term. Each
+    term is 0 or more then, and equal models differ by exactly 0.
+    """
+    p_a, p_b, d = mx.exp(log_a), mx.exp(log_b), log_a - log_b
+    terms = mx.where(mx.abs(d) < NEAR, p_a * (d + mx.expm1(-d)), p_a * d - p_a + p_b)
+    return mx.maximum(terms.sum(axis=-1), 0)
 
 
 @dataclass(frozen=True, slots=True)

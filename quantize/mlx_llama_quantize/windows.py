@@ -46,14 +46,16 @@ class Windows:
         return len(self.ids)
 
 
-def cut_windows(ids: Sequence[int], *, bos_id: int, context: int) -> Windows:
+def cut_windows(
+    ids: Sequence[int], *, bos_id: int, context: int, option: str = "--text"
+) -> Windows:
     """Cut a text's tokens (without BOS) into windows; a shorter text is one window of its own.
 
-    Raises OptionError for a text of fewer than LEAST_CONTEXT tokens.
+    option: what gave the text. Raises OptionError for one of fewer than LEAST_CONTEXT tokens.
     """
     if len(ids) < LEAST_CONTEXT:
         raise OptionError(
-            f"--text: {len(ids)} tokens, expected {LEAST_CONTEXT} at least, and better some "
+            f"{option}: {len(ids)} tokens, expected {LEAST_CONTEXT} at least, and better some "
             "thousands; give a longer one"
         )
     context = min(context, len(ids))
