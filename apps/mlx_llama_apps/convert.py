@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mlx_llama_convert.source import SourceModel
     from mlx_llama_quantize.calibration import CalibrationRequest
     from mlx_llama_quantize.certificate import Request
+    from mlx_llama_quantize.sensitivity import SurveyRequest
 
 MAX_THREADS = 8  # packing is bound by memory beyond that
 
@@ -76,7 +77,7 @@ def convert(
     if no_quantize and "bits" in wanted:
         raise OptionError("--bits: does nothing with --no-quantize; leave one of them out")
     options = ConvertOptions(**wanted, quantize=not no_quantize)
-    target = output or paths.default_output(Path(source), bits=options.weight_bits)
+    target = output or paths.default_output(Path(source), size=bits_name(options))
     if not dry_run:
         refuse_target(target, force=force)
     opened = open_named(
@@ -88,10 +89,14 @@ def convert(
 
 @dataclass(frozen=True, slots=True)
 class Care:
-    """What `quantize` does beyond converting, and where it shows how far it is."""
+    """What `quantize` does beyond converting, and where it shows how far it is.
+
+    survey: what bits are chosen by, where a size was given.
+    """
 
     certificate: Request
     calibration: CalibrationRequest | None
+    survey: SurveyRequest | None
     status: StatusLine | None
 
     @contextmanager
@@ -130,9 +135,34 @@ def build(
 ) -> None:
     """Show the plan and carry it out; prints the directory's path."""
     from mlx_llama_convert import make_plan
+    from mlx_llama_convert.budget import open_budget, survey
+
+    if options.target_bpw is None:
+        plan = make_plan(source, options)
+        _announce(plan, target, dry_run=dry_run, quiet=quiet, care=care)
+    else:
+        budget = open_budget(source, options)
+        _announce(budget.open_plan, target, dry_run=dry_run, quiet=quiet, care=care)
+        if dry_run:
+            return
+        assert care is not None, "only quantize has a budget"
+        assert care.survey is not None, "a budget is spent by measuring"
+        plan = survey(budget, care.survey)
+        if not quiet:
+            for line in chosen_lines(plan):
+                remark(line)
+    if not dry_run:
+        _carry_out(plan, target, force=force, verify=verify, quiet=quiet, care=care)
+        print(target)
+
+
+def _announce(
+    plan: ConversionPlan, target: Path, *, dry_run: bool, quiet: bool, care: Care | None
+) -> None:
+    """Show the plan and what it needs, and refuse a machine on which it cannot work."""
     from mlx_llama_convert.resources import needs_of
 
-    plan = make_plan(source, options)
+    source, options = plan.source, plan.options
     needs = needs_of(
         weights=plan.config.parameter_count,
         output_bytes=plan.output_bytes,
@@ -146,9 +176,12 @@ def build(
         for line in [*plan_lines(plan, target), needs_line(needs)]:
             print(line, file=sys.stdout if dry_run else sys.stderr)
     needs.check(target)
-    if not dry_run:
-        _carry_out(plan, target, force=force, verify=verify, quiet=quiet, care=care)
-        print(target)
+
+
+def bits_name(options: ConvertOptions) -> str | None:
+    """Name a number of bits as it stands in the default output's name."""
+    bits = options.weight_bits
+    return None if bits is None else f"{bits}bit"
 
 
 def open_named(
@@ -250,13 +283,33 @@ def plan_lines(plan: ConversionPlan, target: Path) -> list[str]:
     ]
     if config.rope_scaling is not None:
         lines.append(f"RoPE      factor {config.rope_scaling.factor:g} ({source.rope})")
-    lines += [
-        f"matrices  {stored}",
-        *(f"          {line}" for line in policy_lines(plan)),
-        f"output    {target} ({size(plan.output_bytes)}, "
-        f"{plan.bits_per_weight:.2f} bits per weight)",
-    ]
+    if plan.is_open:
+        most = plan.options.target_bpw or 0.0
+        nbytes = int(most * config.parameter_count / 8)
+        lines += [
+            "matrices  bits and group of each are chosen by what it costs, which is measured",
+            f"output    {target} ({size(nbytes)} at most, {most:g} bits per weight)",
+        ]
+    else:
+        lines += [
+            f"matrices  {stored}",
+            *(f"          {line}" for line in policy_lines(plan)),
+            f"output    {target} ({size(plan.output_bytes)}, "
+            f"{plan.bits_per_weight:.2f} bits per weight)",
+        ]
     return lines + [f"note      {note}" for note in plan.notes]
+
+
+def chosen_lines(plan: ConversionPlan) -> list[str]:
+    """Say what was chosen by measuring."""
+    stored = ", ".join(f"{count} × {how}" for how, count in plan.format_counts.items())
+    expected = "" if plan.chosen is None else f", expected loss {plan.chosen['expected_kld']:.3g}"
+    return [
+        f"chosen    {stored}",
+        *(f"          {line}" for line in policy_lines(plan)),
+        f"          {size(plan.output_bytes)}, {plan.bits_per_weight:.3f} bits per weight{expected}"
+        " nats a token",
+    ]
 
 
 def policy_lines(plan: ConversionPlan) -> list[str]:

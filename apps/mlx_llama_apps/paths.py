@@ -67,11 +67,14 @@ def models_folder() -> Path:
     return data_folder() / "models"
 
 
-def default_output(source: Path, *, bits: int | None) -> Path:
-    """Return where a conversion goes when the user does not say: `<models>/<name>-4bit`."""
+def default_output(source: Path, *, size: str | None) -> Path:
+    """Return where a conversion goes when the user does not say: `<models>/<name>-4bit`.
+
+    size: how the name ends; None adds nothing.
+    """
     resolved = source.resolve()
     name = resolved.parent.name if resolved.name == "original" else resolved.name
-    return models_folder() / (name if bits is None else f"{name}-{bits}bit")
+    return models_folder() / (name if size is None else f"{name}-{size}")
 
 
 def user_path(text: str) -> Path:

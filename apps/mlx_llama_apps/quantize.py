@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from mlx_llama.errors import OptionError
 from mlx_llama.options import ConvertOptions
 from mlx_llama_apps import paths
-from mlx_llama_apps.convert import Care, build, open_named, refuse_target
+from mlx_llama_apps.convert import Care, bits_name, build, open_named, refuse_target
 from mlx_llama_apps.flags import QuantizeFlags, given
 from mlx_llama_apps.progress import shown
 from mlx_llama_apps.terminal import StatusLine
@@ -52,7 +52,8 @@ def quantize(
     force
         replace a model directory that exists
     calibration
-        what gptq and awq learn from: UTF-8, or JSONL with text (default: a text that ships)
+        what gptq, awq, auto and --target-bpw learn from: UTF-8, or JSONL with text (default: a text
+        that ships)
     text
         what both models read to be compared: UTF-8, or JSONL with text (default: a text that ships)
     no_report
@@ -66,6 +67,7 @@ def quantize(
     """
     from mlx_llama_quantize.calibration import CalibrationRequest
     from mlx_llama_quantize.certificate import Request
+    from mlx_llama_quantize.sensitivity import SurveyRequest
     from mlx_llama_quantize.texts import CERTIFICATE, read_text, shipped
 
     if no_report and text is not None:
@@ -76,7 +78,7 @@ def quantize(
         wanted = {"method": METHOD, **wanted}
     options = ConvertOptions(**wanted)
     words = _calibration_text(options, calibration)
-    target = output or paths.default_output(Path(source), bits=options.weight_bits)
+    target = output or paths.default_output(Path(source), size=_size_name(options))
     if not dry_run:
         refuse_target(target, force=force)
     opened = open_named(
@@ -90,24 +92,41 @@ def quantize(
             return None if quiet else shown(status, what)
 
         cache = paths.cache_folder()
+        is_calibrated = options.method in calibrated_methods()
         care = Care(
             Request(read, cache / "certificates", progress("comparing")),
-            words and CalibrationRequest(words, cache / "calibrations", progress("calibrating")),
+            CalibrationRequest(words, cache / "calibrations", progress("calibrating"))
+            if words and is_calibrated
+            else None,
+            words and SurveyRequest(words, cache / "sensitivities", progress("measuring")),
             None if quiet else status,
         )
         build(opened, options, target, dry_run=dry_run, force=force, quiet=quiet, care=care)
 
 
+def _size_name(options: ConvertOptions) -> str | None:
+    """Name a size as it stands in the default output's name."""
+    if options.target_bpw is not None:
+        return f"{options.target_bpw:g}bpw"
+    return bits_name(options)
+
+
+def calibrated_methods() -> tuple[str, ...]:
+    """Return the methods that learn from a text."""
+    from mlx_llama_quantize.calibration import METHODS
+
+    return METHODS
+
+
 def _calibration_text(options: ConvertOptions, path: Path | None) -> Text | None:
-    """Read what a method learns from; None for one that does not."""
-    from mlx_llama_quantize import calibration
+    """Read what a method, or the choice of bits, learns from; None where nothing does."""
     from mlx_llama_quantize.texts import CALIBRATION, read_text, shipped
 
-    if options.method in calibration.METHODS:
+    if options.target_bpw is not None or options.method in calibrated_methods():
         return read_text(path) if path else shipped(CALIBRATION)
     if path is not None:
         raise OptionError(
-            f"--calibration: does nothing with --method {options.method}; take one of "
-            f"{', '.join(calibration.METHODS)}"
+            f"--calibration: does nothing with --method {options.method}; take --target-bpw or one "
+            f"of {', '.join(calibrated_methods())}"
         )
     return None

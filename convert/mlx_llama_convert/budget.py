@@ -19,7 +19,7 @@ from mlx_llama_convert.plan import ConversionPlan, make_plan
 from mlx_llama_convert.source import SourceModel
 from mlx_llama_quantize.allocation import Allocation, Choice, allocate
 from mlx_llama_quantize.packing import packed_entries
-from mlx_llama_quantize.sensitivity import Sensitivity
+from mlx_llama_quantize.sensitivity import Sensitivity, Survey, SurveyRequest
 from mlx_llama_quantize.texts import Text
 
 
@@ -135,6 +135,25 @@ class Chosen:
                 for each in self.sensitivities
             ],
         }
+
+
+def survey(budget: Budget, request: SurveyRequest) -> ConversionPlan:
+    """Measure what packing costs, and return the plan of least divergence within the budget.
+
+    What was measured before, for this or another size, is not measured again.
+    """
+    found = Survey(
+        budget.source.weights,
+        budget.source.tokenizer,
+        budget.candidates,
+        request.text,
+        request.folder / f"{budget.key(request.text)}.json",
+        method=budget.packing,
+        dtype=budget.options.dtype,
+    )
+    sensitivities = found.run(on_progress=request.on_progress)
+    windows = found.windows
+    return settle(budget, sensitivities, request.text, len(windows) * windows.n_scored)
 
 
 def settle(

@@ -37,6 +37,7 @@ def model_card(manifest: dict[str, Any]) -> str:
         *(f"| {f['name']} | {f['bytes']:,} | `{f['sha256']}` |" for f in source["files"]),
         "",
         *_verified(manifest),
+        *_chosen(manifest),
         *_lost(manifest),
         "The license of the source's weights applies to these, too.",
     ]
@@ -62,6 +63,33 @@ def _verified(manifest: dict[str, Any]) -> list[str]:
             f"largest difference of a logit {result['largest_difference']:.3g}."
         )
     return ["## Verified", "", text, ""]
+
+
+def _chosen(manifest: dict[str, Any]) -> list[str]:
+    """Return how bits were chosen, where a size was given: the table of sensitivities."""
+    found = manifest["sensitivities"]
+    if found is None:
+        return []
+    probes = [*found["tensors"][0]["measured"]]
+    return [
+        "## How bits were chosen",
+        "",
+        f"At most {found['target_bits_per_weight']:g} bits a weight, of which these cost least on "
+        f"{found['text']['name']} ({found['text']['n_tokens']} scored tokens; SHA-256 "
+        f"`{found['text']['sha256']}`). Measured: the mean KL divergence with one matrix packed and "
+        "all others as they are, nats.",
+        "",
+        *([f"![What packing costs]({found['plot']})"] if found["plot"] else [_NO_PLOT]),
+        "",
+        f"| matrix | {' | '.join(probes)} | chosen | expected |",
+        f"|---|{'---|' * len(probes)}---|---|",
+        *(
+            f"| {each['tensor']} | {' | '.join(f'{x:.2e}' for x in each['measured'].values())} | "
+            f"{each['chosen']} | {each['expected_kld']:.2e} |"
+            for each in found["tensors"]
+        ),
+        "",
+    ]
 
 
 def _lost(manifest: dict[str, Any]) -> list[str]:

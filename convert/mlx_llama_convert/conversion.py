@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import asdict
@@ -18,6 +18,7 @@ from mlx_llama.kinds import kind_named
 from mlx_llama.loading import INDEX_NAME, open_model_directory
 from mlx_llama.options import DEFAULT_TEMPERATURE, DEFAULT_TOP_P
 from mlx_llama.safetensors_writer import SafetensorsWriter
+from mlx_llama.weights import hf_module
 from mlx_llama_convert import checklist
 from mlx_llama_convert.card import model_card
 from mlx_llama_convert.hashing import Hasher
@@ -35,11 +36,12 @@ from mlx_llama_quantize.calibration import (
     calibration_key,
 )
 from mlx_llama_quantize.certificate import Request, by_layer, certify
-from mlx_llama_quantize.plots import can_draw, draw_certificate
+from mlx_llama_quantize.plots import can_draw, draw_certificate, draw_sensitivities
 from mlx_llama_quantize.subject import Subject
 
 MAX_SHARD_BYTES = 5_000_000_000
 PLOT_NAME = "certificate.svg"
+SENSITIVITIES_NAME = "sensitivities.svg"
 LICENSES = ("LICENSE*", "USE_POLICY*", "NOTICE*")
 
 OnProgress = Callable[[int, int, str], None]  # bytes written, bytes to write, tensor
@@ -103,6 +105,8 @@ def convert_checkpoint(
             manifest["verification"] = asdict(compare_weights(plan.source, partial.folder))
         if certificate is not None:
             manifest["certificate"] = _certificate(plan, calibrated, partial.folder, certificate)
+        if plan.chosen is not None:
+            manifest["sensitivities"] = _drawn(plan, plan.chosen, partial.folder)
         if calibration is not None:
             manifest["calibration"] = {
                 "name": calibration.text.name,
@@ -293,6 +297,7 @@ def _manifest(
         "policy": plan.policy,
         "method": plan.options.method if plan.options.quantize else None,
         "notes": [*plan.notes],
+        "sensitivities": None,
         "verification": None,
         "certificate": None,
     }
@@ -311,6 +316,24 @@ def _certificate(
     if plot is not None:
         draw_certificate(folder / plot, scores, by_layer(certificate), f"What {source.name} lost")
     return {**asdict(certificate), "layers": by_layer(certificate), "plot": plot}
+
+
+def _drawn(plan: ConversionPlan, chosen: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return how bits were chosen, and draw it where matplotlib is installed."""
+    plot = SENSITIVITIES_NAME if can_draw() else None
+    if plot is not None:
+        draw_sensitivities(
+            folder / plot,
+            {
+                hf_module(each["tensor"]): (
+                    max(each["measured"].values()),
+                    plan.forms[each["tensor"]],
+                )
+                for each in chosen["tensors"]
+            },
+            f"What packing one matrix of {plan.source.name} costs",
+        )
+    return {**chosen, "plot": plot}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

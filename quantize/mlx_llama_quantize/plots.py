@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_llama.config import QuantFormat
 from mlx_llama_quantize.divergence import TokenScores
 
 LEAST = 1e-8  # nats; what is less is drawn as that
@@ -37,6 +38,31 @@ def draw_certificate(
     if scores is not None:
         _draw_spread(axes[1], scores.kld)
         _draw_along(axes[2], scores.kld)
+    _save(figure, path)
+
+
+def draw_sensitivities(
+    path: Path, costs: Mapping[str, tuple[float, QuantFormat | None]], title: str
+) -> None:
+    """Draw what packing each matrix costs by name, nats in 2 bits, coloured by the bits it got."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    figure = Figure(figsize=(8, 1.5 + 0.16 * len(costs)), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, parse_math=False)
+    axes: Any = figure.subplots()
+    bits = [0 if form is None else form.bits for _, form in costs.values()]
+    colours = {each: colormaps["viridis"](each / 8) for each in sorted(set(bits))}
+    values = [max(nats, LEAST) for nats, _ in costs.values()]
+    places = range(len(costs))
+    axes.barh(places, values, color=[colours[each] for each in bits])
+    axes.set_yticks(places, [*costs], fontsize=6)
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="KL divergence with this matrix alone in 2 bits, nats")
+    axes.legend(handles=[Patch(color=colours[b], label=f"{b} bits chosen") for b in colours])
     _save(figure, path)
 
 

@@ -189,3 +189,12 @@ def _key(form: QuantFormat) -> str:
 def _form(key: str) -> QuantFormat:
     bits, _, group_size = key.partition(":")
     return QuantFormat(int(bits), int(group_size))
+
+
+@dataclass(frozen=True, slots=True)
+class SurveyRequest:
+    """What to measure on. folder: where surveys are written down, by their keys."""
+
+    text: Text
+    folder: Path
+    on_progress: OnProgress | None = None
