@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import mlx_llama
@@ -128,13 +128,17 @@ class Chosen:
             "tensors": [
                 {
                     "tensor": each.tensor,
-                    "measured": {form.describe(): x for form, x in each.measured.items()},
+                    "measured": {f.describe(): each.measured[f] for f in _by_bits(each.measured)},
                     "chosen": self.allocation.forms[each.tensor].describe(),
                     "expected_kld": each.divergence(self.allocation.forms[each.tensor]),
                 }
                 for each in self.sensitivities
             ],
         }
+
+
+def _by_bits(forms: Iterable[QuantFormat]) -> list[QuantFormat]:
+    return sorted(forms, key=lambda form: form.bits)
 
 
 def survey(budget: Budget, request: SurveyRequest) -> ConversionPlan:

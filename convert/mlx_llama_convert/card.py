@@ -76,8 +76,8 @@ def _chosen(manifest: dict[str, Any]) -> list[str]:
         "",
         f"At most {found['target_bits_per_weight']:g} bits a weight, of which these cost least on "
         f"{found['text']['name']} ({found['text']['n_tokens']} scored tokens; SHA-256 "
-        f"`{found['text']['sha256']}`). Measured: the mean KL divergence with one matrix packed and "
-        "all others as they are, nats.",
+        f"`{found['text']['sha256']}`). Measured: the mean KL divergence, nats, with one matrix "
+        "packed and all others as they are.",
         "",
         *([f"![What packing costs]({found['plot']})"] if found["plot"] else [_NO_PLOT]),
         "",

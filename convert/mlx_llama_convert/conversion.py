@@ -18,7 +18,6 @@ from mlx_llama.kinds import kind_named
 from mlx_llama.loading import INDEX_NAME, open_model_directory
 from mlx_llama.options import DEFAULT_TEMPERATURE, DEFAULT_TOP_P
 from mlx_llama.safetensors_writer import SafetensorsWriter
-from mlx_llama.weights import hf_module
 from mlx_llama_convert import checklist
 from mlx_llama_convert.card import model_card
 from mlx_llama_convert.hashing import Hasher
@@ -322,17 +321,12 @@ def _drawn(plan: ConversionPlan, chosen: Mapping[str, Any], folder: Path) -> dic
     """Return how bits were chosen, and draw it where matplotlib is installed."""
     plot = SENSITIVITIES_NAME if can_draw() else None
     if plot is not None:
-        draw_sensitivities(
-            folder / plot,
-            {
-                hf_module(each["tensor"]): (
-                    max(each["measured"].values()),
-                    plan.forms[each["tensor"]],
-                )
-                for each in chosen["tensors"]
-            },
-            f"What packing one matrix of {plan.source.name} costs",
-        )
+        costs = {
+            each["tensor"]: (max(each["measured"].values()), plan.forms[each["tensor"]])
+            for each in chosen["tensors"]
+        }
+        title = f"What packing one matrix of {plan.source.name} costs"
+        draw_sensitivities(folder / plot, costs, title)
     return {**chosen, "plot": plot}
 
 

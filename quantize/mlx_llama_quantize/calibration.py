@@ -28,26 +28,36 @@ from mlx_llama.safetensors_reader import open_safetensors
 from mlx_llama.tokenizer import Tokenizer
 from mlx_llama.weights import EMBEDDING, NORM, OUTPUT, WeightSource, hf_module
 from mlx_llama_quantize import awq, gptq
-from mlx_llama_quantize.packing import PARTS, pack_matrix
+from mlx_llama_quantize.packing import PARTS, pack_matrix, unpacked
 from mlx_llama_quantize.products import for_texts, second_moments
 from mlx_llama_quantize.texts import Text
 from mlx_llama_quantize.walking import embedded, layer_arithmetic
 
 CONTEXT = 512  # tokens of a window
 MAX_TOKENS = 32768  # of the text; more say little more
-FOLDED, CODED = ("awq", "awq+gptq"), ("gptq", "awq+gptq")  # methods that do so
-METHODS = ("gptq", "awq", "awq+gptq")
+HELD = 4  # windows that `auto` keeps back, an eighth of them at most
+FOLDED, CODED = ("awq", "awq+gptq", "auto"), ("gptq", "awq+gptq", "auto")  # methods that do so
+METHODS = ("gptq", "awq", "awq+gptq", "auto")
 
 OnProgress = Callable[[int, int], None]  # blocks times windows done, and in all
 
 
 @dataclass(slots=True)
 class _Input:
-    """What is known of what matrices read. hessian: sum of the outer products, (in, in) float32."""
+    """What is known of what matrices read. hessian: sum of the outer products, (in, in) float32.
+
+    held: of windows that are kept back, (1, L, in) each, while `is_holding`.
+    """
 
     hessian: mx.array | None = None
+    held: list[mx.array] = field(default_factory=list)
+    is_holding: bool = False
 
     def add(self, x: mx.array) -> None:
+        if self.is_holding:
+            self.held.append(x.astype(mx.float32))
+            mx.eval(self.held)
+            return
         product = second_moments(x)
         self.hessian = product if self.hessian is None else self.hessian + product
         mx.eval(self.hessian)
@@ -168,7 +178,10 @@ class Calibration:
             name: Dense(self.source.read(name).astype(mx.float32)) for name in self._names(index)
         }
         watched = self._assemble(self.source, index, dense, inputs)
-        for state in states:
+        n_learned = len(states) - self._n_held(len(states))
+        for number, state in enumerate(states):
+            for found in inputs.values():
+                found.is_holding = number >= n_learned
             mx.eval(model.through(watched, state))
             on_window()
         del watched, dense
@@ -176,7 +189,9 @@ class Calibration:
         if self.method in FOLDED:
             self._fold(index, hessians)
         weights = awq.FoldedWeights(self.source, self._scales)
-        packed = self._pack(weights, index, hessians)
+        held = {place: self._held(index, place, found.held) for place, found in inputs.items()}
+        del inputs
+        packed = self._pack(weights, index, hessians, held)
         if self.method in CODED:
             arrays = {
                 f"{hf_module(name)}.{part}": array
@@ -190,6 +205,17 @@ class Calibration:
         states = [model.through(after, state) for state in states]
         mx.eval(states)
         return states
+
+    def _n_held(self, n_windows: int) -> int:
+        return min(HELD, n_windows // 8) if self.method == "auto" else 0
+
+    def _held(self, index: int, place: str, states: list[mx.array]) -> mx.array | None:
+        """Return what was kept back of an input as the scaled matrices read it, (n, in)."""
+        if not states:
+            return None
+        rows = mx.concatenate(states, axis=1)[0]
+        scales = self._scales.get(f"{index}.{place}")
+        return rows if scales is None else rows / mx.array(scales)
 
     def _fold(self, index: int, hessians: dict[str, np.ndarray]) -> None:
         """Find the block's scales; the Hessians become those of the scaled inputs."""
@@ -213,7 +239,11 @@ class Calibration:
             hessians[place] /= scales[:, None] * scales
 
     def _pack(
-        self, weights: WeightSource, index: int, hessians: Mapping[str, np.ndarray]
+        self,
+        weights: WeightSource,
+        index: int,
+        hessians: Mapping[str, np.ndarray],
+        held: Mapping[str, mx.array | None],
     ) -> dict[str, dict[str, mx.array]]:
         packed: dict[str, dict[str, mx.array]] = {}
         for place, readers in awq.READERS.items():
@@ -227,8 +257,7 @@ class Calibration:
                     if form.group_size not in factors:
                         size = form.group_size
                         factors[size] = gptq.factorize(hessians[place], size)
-                    arrays = gptq.quantize(values, form, factors[form.group_size])
-                    packed[name] = dict(zip(PARTS, arrays, strict=True))
+                    packed[name] = _coded(values, form, factors[form.group_size], held[place])
                 else:
                     packed[name] = pack_matrix(values, form, "mse")
         return packed
@@ -286,20 +315,24 @@ class Calibration:
         if path.is_file():
             return path
         read, norm = _Input(), self.source.read(NORM).astype(mx.float32)
-        for state in states:
+        n_learned = len(states) - self._n_held(len(states))
+        for number, state in enumerate(states):
+            read.is_holding = number >= n_learned
             read.add(ops.rms_norm(state, norm, self.source.config.norm_eps))
         factor = gptq.factorize(read.array, form.group_size)
+        held = mx.concatenate(read.held, axis=1)[0] if read.held else None
         n_rows = self.source.shape(name)[0]
         pieces = [
-            gptq.quantize(self._cast(name, self.source.read(name, rows)), form, factor)
+            _coded(self._cast(name, self.source.read(name, rows)), form, factor, held)
             for rows in (
                 slice(start, min(start + gptq.ROWS, n_rows))
                 for start in range(0, n_rows, gptq.ROWS)
             )
         ]
-        arrays = (mx.concatenate([*parts]) for parts in zip(*pieces, strict=True))
         module = hf_module(name)
-        self._save("head", {f"{module}.{p}": a for p, a in zip(PARTS, arrays, strict=True)})
+        self._save(
+            "head", {f"{module}.{p}": mx.concatenate([piece[p] for piece in pieces]) for p in PARTS}
+        )
         return path
 
     def _embedded(self, windows: np.ndarray) -> list[mx.array]:
@@ -347,6 +380,29 @@ class Calibration:
             }
             return index + 1, states
         return 0, []
+
+
+def _coded(
+    values: mx.array, form: QuantFormat, factor: gptq.Factor, held: mx.array | None
+) -> dict[str, mx.array]:
+    """Pack values (out, in) by what they read; by `mse` where that errs less on inputs held back.
+
+    held: (n, in) float32; None where nothing was.
+    """
+    coded: dict[str, mx.array] = dict(zip(PARTS, gptq.quantize(values, form, factor), strict=True))
+    if held is None:
+        return coded
+    searched = pack_matrix(values, form, "mse")
+    return min((coded, searched), key=lambda parts: _output_error(values, parts, form, held))
+
+
+def _output_error(
+    values: mx.array, parts: Mapping[str, mx.array], form: QuantFormat, inputs: mx.array
+) -> float:
+    """Return the squared error of the outputs (n, out) that packing leaves."""
+    rest = unpacked(parts, form) - values.astype(mx.float32)
+    out = for_texts(Dense(rest))(inputs)
+    return float(mx.sum(out * out))
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,6 +160,17 @@ def pack_matrix(values: mx.array, form: QuantFormat, method: str) -> dict[str, m
     return arrays
 
 
+def unpacked(parts: Mapping[str, mx.array], form: QuantFormat) -> mx.array:
+    """Return what a matrix packed in affine mode is read as, (out, in) float32."""
+    return mx.dequantize(
+        parts["weight"],
+        parts["scales"].astype(mx.float32),
+        parts["biases"].astype(mx.float32),
+        group_size=form.group_size,
+        bits=form.bits,
+    )
+
+
 def _cast(name: str, values: mx.array, dtype: str) -> mx.array:
     """Change the dtype; QuantizationError where float16 would overflow."""
     cast = values.astype(DTYPES[dtype])

@@ -20,7 +20,7 @@ from mlx_llama.ops import DTYPES
 from mlx_llama.strict_json import load_json
 from mlx_llama.tokenizer import Tokenizer
 from mlx_llama.weights import WeightSource
-from mlx_llama_quantize.packing import PARTS, pack_matrix
+from mlx_llama_quantize.packing import pack_matrix, unpacked
 from mlx_llama_quantize.spec import DEFAULT_GROUP_SIZE, fitted
 from mlx_llama_quantize.texts import Text
 from mlx_llama_quantize.variants import OnProgress, VariantWalk
@@ -123,15 +123,7 @@ class Survey:
     def _packed(self, name: str, values: mx.array, form: QuantFormat) -> mx.array:
         """Return values (out, in) as they are read after packing, float32."""
         values = values.astype(DTYPES[self.dtype or self.source.dtype(name)])
-        parts = pack_matrix(values, form, self.method)
-        weight, scales, biases = (parts[part] for part in PARTS)
-        return mx.dequantize(
-            weight,
-            scales.astype(mx.float32),
-            biases.astype(mx.float32),
-            group_size=form.group_size,
-            bits=form.bits,
-        )
+        return unpacked(pack_matrix(values, form, self.method), form)
 
     def _look_at(self, name: str) -> None:
         """Find the error of a matrix's weights in every format, on a sample of its rows."""
