@@ -38,12 +38,17 @@ class Run:
     output: str
 
 
-def run(command: Sequence[str]) -> Run:
-    """Run a command to its end; SystemExit with its complaint when it fails."""
+def run(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> Run:
+    """Run a command to its end; SystemExit with its complaint when it fails.
+
+    env: what is added to the environment.
+    """
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         busy_s = all_busy_s()
         started = perf_counter()
-        child = subprocess.Popen(command, stdout=output, stderr=errors)
+        child = subprocess.Popen(
+            command, stdout=output, stderr=errors, env={**os.environ, **(env or {})}
+        )
         _, status, usage = os.wait4(child.pid, 0)
         elapsed_s = perf_counter() - started
         child.returncode = os.waitstatus_to_exitcode(status)

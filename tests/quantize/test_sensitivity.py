@@ -1,0 +1,138 @@
+"""What packing one matrix costs: against a whole model with it packed; going on; outliers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_llama.config import QuantFormat
+from mlx_llama.options import ConvertOptions
+from mlx_llama.weights import is_matrix
+from mlx_llama_convert import SourceModel, open_source
+from mlx_llama_convert.budget import open_budget, survey
+from mlx_llama_quantize.comparison import Comparison
+from mlx_llama_quantize.packing import pack_matrix, unpacked
+from mlx_llama_quantize.sensitivity import Sensitivity, Survey, SurveyRequest
+from mlx_llama_quantize.subject import Subject
+from mlx_llama_quantize.texts import Text
+from model_folders import TINY_SCALED, write_hf, write_meta
+
+TEXT = Text("words", "the thing in hello world end " * 40)
+FORM, COARSE = QuantFormat(4, 64), QuantFormat(2, 64)
+FORMS = (COARSE, FORM, QuantFormat(8, 32))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> SourceModel:
+    return open_source(write_meta(tmp_path_factory.mktemp("surveyed") / "meta"), ConvertOptions())
+
+
+def survey_of(source: SourceModel, path: Path, *names: str) -> Survey:
+    wanted = names or tuple(name for name in source.weights.names() if is_matrix(name))
+    return Survey(source.weights, source.tokenizer, dict.fromkeys(wanted, FORMS), TEXT, path)
+
+
+class OnePacked:
+    """A source with one matrix packed and unpacked again."""
+
+    def __init__(self, source: SourceModel, name: str, form: QuantFormat) -> None:
+        self._source, self._name, self._form = source.weights, name, form
+        self.config, self.names = source.weights.config, source.weights.names
+        self.shape, self.dtype = source.weights.shape, source.weights.dtype
+
+    def read(self, name: str, rows: slice | None = None) -> mx.array:
+        values = self._source.read(name, rows)
+        if name != self._name:
+            return values
+        return unpacked(pack_matrix(values, self._form, "mse"), self._form)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tok_embeddings.weight",
+        "layers.0.attention.wk.weight",
+        "layers.1.feed_forward.w2.weight",
+        "output.weight",
+    ],
+)
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_measured_is_what_comparing_whole_models_finds(
+    source: SourceModel, tmp_path: Path, name: str, is_tied: bool
+) -> None:
+    if is_tied:
+        if name == "output.weight":
+            return
+        source = open_source(write_hf(tmp_path / "tied", TINY_SCALED), ConvertOptions())
+    asked = survey_of(source, tmp_path / "s.json", name)
+    (found,) = asked.run()
+    assert set(found.measured) == {COARSE, FORM}
+    a, b = (
+        Subject.of_weights(str(n), weights, source.tokenizer, source.files)  # pyright: ignore
+        for n, weights in enumerate((source.weights, OnePacked(source, name, FORM)))
+    )
+    scores = Comparison(a, b, asked.windows, dtype="float32").run()
+    assert found.measured[FORM] == pytest.approx(float(scores.kld.mean()), rel=1e-3)
+
+
+def test_stopped_survey_goes_on_to_the_same_numbers(source: SourceModel, tmp_path: Path) -> None:
+    whole = survey_of(source, tmp_path / "whole.json").run()
+    seen: list[tuple[int, int]] = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done > 0.7 * total:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "parts.json"
+    with pytest.raises(KeyboardInterrupt):
+        survey_of(source, path).run(on_progress=stop)
+    total = seen[-1][1]
+    seen.clear()
+    again = survey_of(source, path).run(on_progress=lambda *each: seen.append(each))
+    assert seen[-1][0] == seen[-1][1] < total
+    assert again == whole
+    seen.clear()
+    assert survey_of(source, path).run(on_progress=lambda *each: seen.append(each)) == whole
+    assert not seen
+    path.write_text('{"measured": 3}')
+    assert survey_of(source, path).run() == whole
+
+
+def test_between_and_beyond_the_probes() -> None:
+    errors = {COARSE: 0.1, QuantFormat(3, 64): 0.03, FORM: 0.008, QuantFormat(8, 64): 3e-5}
+    found = Sensitivity("m", {COARSE: 1.0, FORM: 0.08}, errors)
+    assert found.divergence(COARSE) == 1.0
+    assert found.divergence(QuantFormat(3, 64)) == pytest.approx(0.3)
+    assert found.divergence(QuantFormat(8, 64)) == pytest.approx(3e-4)
+
+
+def test_planted_outliers_get_more_bits(tmp_path: Path) -> None:
+    """What the second layer's feed-forward adds drowns out everything before it."""
+    planted = "layers.1.feed_forward.w2.weight"
+
+    def change(weights: dict[str, np.ndarray], config: dict[str, object]) -> None:
+        weights["model.layers.1.mlp.down_proj.weight"] *= 8
+
+    options = ConvertOptions(target_bpw=5.5, group_size=64)
+    source = open_source(write_hf(tmp_path / "hf", change=change), options)
+    plan = survey(open_budget(source, options), SurveyRequest(TEXT, tmp_path / "surveys"))
+    bits = {name: form.bits for name, form in plan.forms.items() if form}
+    others = [found for name, found in bits.items() if name != planted and "w2" in name]
+    assert bits[planted] > max(others)
+    assert plan.bits_per_weight <= 5.5
+
+
+@pytest.mark.parametrize("target", [3.6, 4.5, 5.25, 7.0, 8.9])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_planned_is_never_over_budget(
+    source: SourceModel, tmp_path: Path, target: float, dtype: str
+) -> None:
+    options = ConvertOptions(target_bpw=target, dtype=dtype, override=["layers.0.*.wq=8"])
+    folder = tmp_path / "surveys"
+    plan = survey(open_budget(source, options), SurveyRequest(TEXT, folder))
+    assert 0.9 * target < plan.bits_per_weight <= target
+    assert plan.forms["layers.0.attention.wq.weight"] == QuantFormat(8, 64)
