@@ -96,6 +96,8 @@ def _peers(given: argparse.Namespace) -> list[Row]:
         command = [str(given.peer_python), "-m", f"mlx_lm.quant.{name}", "--model", str(dense)]
         command += ["--mlx-path", str(out), *asked]
         done = run(command, env={"HOME": str(home), "HF_HUB_OFFLINE": "1"})
+        for file in dense.glob("*token*"):  # mlx-lm writes its tokens anew, and some differ
+            shutil.copy(file, out)
         compared = run([sys.executable, "-c", PYTHON, "compare", str(dense), str(out), "--text",
                         str(judged), "--json", "--no-costs", "--dtype", "float32"])  # fmt: skip
         report = json.loads(compared.output)
