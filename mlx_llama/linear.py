@@ -33,6 +33,7 @@ class Dense:
     """A matrix in a float dtype: weight (out, in)."""
 
     weight: mx.array
+    dtype: mx.Dtype | None = None  # of the rows, where it is not the weight's
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return x times the transposed matrix: (..., out)."""
@@ -40,7 +41,8 @@ class Dense:
 
     def rows(self, ids: mx.array) -> mx.array:
         """Return the rows ids (...,) as (..., in)."""
-        return self.weight[ids]
+        rows = self.weight[ids]
+        return rows if self.dtype is None else rows.astype(self.dtype)
 
     def arrays(self) -> list[mx.array]:
         """Return what is held in memory."""
@@ -103,8 +105,9 @@ class Stack:
 
 def stack_rows(parts: Sequence[Matrix]) -> Matrix:
     """Join matrices of one input into one product; packed rows join without loss."""
-    if all(isinstance(part, Dense) for part in parts):
-        return Dense(_joined([part.weight for part in parts]))  # pyright: ignore
+    dense = [part for part in parts if isinstance(part, Dense)]
+    if len(dense) == len(parts) and len({part.weight.dtype for part in dense}) == 1:
+        return Dense(_joined([part.weight for part in dense]), dense[0].dtype)
     packed = [part for part in parts if isinstance(part, Packed)]
     if len(packed) == len(parts) and len({part.form for part in packed}) == 1:
         biases = [part.biases for part in packed if part.biases is not None]

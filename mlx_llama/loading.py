@@ -95,6 +95,8 @@ class ModelDirectory:
         if ref.dtype.startswith("uint"):
             return stored.itemsize
         module, _, part = name.rpartition(".")
+        if part == "weight" and (meta := meta_name(name)) and is_matrix(meta):
+            return ops.dense_dtype(stored.array, dtype).size
         form = self.config.quant_format(module) if part in ("scales", "biases") else None
         return (dtype if form is None else ops.scales_dtype(stored.array, dtype, form)).size
 

@@ -17,7 +17,7 @@ from mlx_llama.config import QuantFormat
 
 MOST_GROUPS = 4096  # of a matrix's row
 MOST_HEAD_DIM = 512
-BITS = (2, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)
 
@@ -72,6 +72,11 @@ def takes_product(x: mx.array, scales: mx.array, form: QuantFormat) -> bool:
         and x.shape[-1] <= MOST_GROUPS * form.group_size
         and (x.dtype == mx.float32 or x.dtype == scales.dtype)
     )
+
+
+def takes_dense(x: mx.array, weight: mx.array) -> bool:
+    """Whether the kernels multiply x by a dense matrix."""
+    return x.dtype in FLOATS and weight.dtype in FLOATS and x.dtype in (mx.float32, weight.dtype)
 
 
 def takes_heads(x: mx.array) -> bool:

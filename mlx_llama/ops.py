@@ -53,14 +53,16 @@ def compute_dtype(stored: str, *, is_quantized: bool, asked: str | None) -> mx.D
 
     stored: dtype of the checkpoint's dense tensors. asked: the user's choice, which wins.
     On a CPU MLX's quantized products are 9 (bfloat16) and 40 (float16) times slower than in
-    float32, and dense float16 is slowest of all; a GPU is the other way round.
+    float32, and dense float16 is slowest of all; a GPU is the other way round. The native kernels
+    compute in float32, and read weights as they are stored.
     """
     if asked is not None:
         if asked not in DTYPES:
             raise OptionError(f"--dtype {asked!r}: expected one of {', '.join(DTYPES)}")
         return DTYPES[asked]
     if backend() == "cpu":
-        return mx.bfloat16 if stored == "bfloat16" and not is_quantized else mx.float32
+        is_float_slower = stored == "bfloat16" and not is_quantized and kernels() is None
+        return mx.bfloat16 if is_float_slower else mx.float32
     if stored == "float32" and is_quantized:
         return mx.bfloat16
     return DTYPES.get(stored, mx.bfloat16)
@@ -69,6 +71,12 @@ def compute_dtype(stored: str, *, is_quantized: bool, asked: str | None) -> mx.D
 def scales_dtype(stored: mx.Dtype, compute: mx.Dtype, form: QuantFormat) -> mx.Dtype:
     """Choose the dtype of a packed matrix's scales; the kernels read them as they are stored."""
     keeps = kernels() is not None and native.takes_format(form) and compute == mx.float32
+    return stored if keeps else compute
+
+
+def dense_dtype(stored: mx.Dtype, compute: mx.Dtype) -> mx.Dtype:
+    """Choose the dtype of a dense matrix; the kernels read it as it is stored."""
+    keeps = kernels() is not None and compute == mx.float32 and stored in native.FLOATS
     return stored if keeps else compute
 
 
@@ -118,7 +126,10 @@ def prefill_chunk() -> int:
 
 
 def linear(x: mx.array, weight: mx.array) -> mx.array:
-    """Multiply by a dense matrix: x (..., in), weight (out, in) -> (..., out)."""
+    """Multiply by a dense matrix: x (..., in), weight (out, in) -> (..., out), of x's dtype."""
+    ours = kernels()
+    if ours is not None and native.takes_dense(x, weight):
+        return ours.matmul(x, weight)
     return x @ weight.T
 
 

@@ -236,7 +236,8 @@ class _ArrayReader:
         """Return a matrix, packed where the directory holds scales for it."""
         module, (rows, columns) = hf_module(name), self._shapes[name]
         if f"{module}.scales" not in self._arrays:
-            return Dense(self._take(f"{module}.weight", (rows, columns)).astype(self._dtype))
+            weight = self._take(f"{module}.weight", (rows, columns))
+            return Dense(weight.astype(ops.dense_dtype(weight.dtype, self._dtype)), self._dtype)
         form = self._config.quant_format(module)
         if form is None:
             raise CheckpointError(

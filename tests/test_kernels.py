@@ -21,7 +21,7 @@ INSTALLED = native.kernels()
 needs_kernels = pytest.mark.skipif(
     INSTALLED is None, reason=f"no native kernels: {native.missing_reason()}"
 )
-INSTRUCTIONS = ("baseline", "avx2", "avx512")
+INSTRUCTIONS = ("baseline", "avx2", "avx512", "vbmi", "amx")
 HALF_STEP = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
 LEAST = {mx.float32: 1e-37, mx.float16: 6e-8, mx.bfloat16: 1e-37}
 types = st.sampled_from([mx.float32, mx.bfloat16, mx.float16])
@@ -73,7 +73,7 @@ def assert_close(found: mx.array, expected: np.ndarray, size: np.ndarray, bound:
 @needs_kernels
 @many
 @given(
-    seeds, st.sampled_from([2, 4, 8]), st.sampled_from([32, 64, 128]), st.integers(0, 30),
+    seeds, st.sampled_from([2, 3, 4, 5, 6, 8]), st.sampled_from([32, 64, 128]), st.integers(0, 70),
     st.integers(1, 70), st.integers(1, 9), types, types, layouts,
 )  # fmt: skip
 def test_products_are_those_of_float64(
@@ -88,13 +88,46 @@ def test_products_are_those_of_float64(
         for _ in range(2)
     )
     found = kernels.quantized_matmul(x, weight, scales, biases, group_size=group, bits=bits)
-    words = np.array(weight)[:, :, None] >> np.arange(0, 32, bits, dtype=np.uint32)
-    numbers = (words & (2**bits - 1)).reshape(rows, columns).astype(np.float64)
+    stream = np.unpackbits(np.array(weight).view(np.uint8), axis=-1, bitorder="little")
+    numbers = stream.reshape(rows, columns, bits) @ (2.0 ** np.arange(bits))
     scale, bias = (np.repeat(float64(a), group, axis=1) for a in (scales, biases))
     wide = float64(x)
     size = np.abs(wide) @ (np.abs(scale) * numbers + np.abs(bias)).T
     assert found.dtype == dtype
-    assert_close(found, wide @ (scale * numbers + bias).T, size, math.sqrt(columns) * 2**-24)
+    bound = math.sqrt(columns) * 2**-24
+    assert_close(found, wide @ (scale * numbers + bias).T, size, bound)
+
+
+@needs_kernels
+@many
+@given(
+    seeds, st.integers(0, 70), st.integers(0, 70), st.integers(0, 1100), types, types, layouts,
+    layouts,
+)  # fmt: skip
+def test_dense_products_are_those_of_float64(
+    kernels: object, seed: int, m: int, rows: int, columns: int, dtype: mx.Dtype,
+    weight_dtype: mx.Dtype, layout: str, weight_layout: str,
+) -> None:  # fmt: skip
+    random = np.random.default_rng(seed)
+    x = laid_out(random.normal(size=(m, columns)), layout, dtype)
+    weight = laid_out(random.normal(size=(rows, columns)), weight_layout, weight_dtype)
+    found = kernels.matmul(x, weight)  # pyright: ignore
+    wide, matrix = float64(x), float64(weight)
+    assert found.dtype == dtype
+    bound = (math.sqrt(columns) + 4) * 2**-24
+    assert_close(found, wide @ matrix.T, np.abs(wide) @ np.abs(matrix).T, bound)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize(("n_rows", "bound"), [(1, 8192 / 16 + 32), (20, 8192 / 512 + 512)])
+def test_long_dense_sums_of_one_sign_stay_within_their_bound(
+    kernels: object, n_rows: int, bound: float, dtype: mx.Dtype
+) -> None:
+    weight = mx.full((32, 8192), 0.1).astype(dtype)
+    found = kernels.matmul(mx.full((n_rows, 8192), 0.1), weight)  # pyright: ignore
+    expected = 8192 * float(np.float32(0.1)) * float(weight[0, 0].astype(mx.float32).item())
+    assert np.abs(float64(found) / expected - 1).max() <= bound * 2.0**-24
 
 
 @needs_kernels
@@ -314,6 +347,7 @@ def test_what_is_not_finite_stays_in_its_row(kernels: object, bad: float) -> Non
         packed = mx.quantize(mx.random.normal((40, 64)), group_size=32, bits=4)
         for found in (
             kernels.quantized_matmul(mx.array(x), *packed, group_size=32, bits=4),
+            kernels.matmul(mx.array(x), mx.random.normal((40, 64))),
             kernels.rms_norm(mx.array(x), mx.ones(64), 1e-5),
             kernels.swiglu(mx.array(x)),
         ):
@@ -325,7 +359,7 @@ def test_what_is_not_finite_stays_in_its_row(kernels: object, bad: float) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bits": 3}, "bits: found 3, expected 2, 4 or 8"),
+        ({"bits": 7}, "bits: found 7, expected 2, 3, 4, 5, 6 or 8"),
         ({"group_size": 48}, "group_size: found 48"),
         ({"group_size": 32}, "scales and biases: expected 8 rows of 4"),
         ({"bits": 8}, "weight: rows of 16 words, expected 32"),

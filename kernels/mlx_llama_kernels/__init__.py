@@ -19,6 +19,7 @@ if mx.__version__ != MLX_VERSION:
 from mlx_llama_kernels._kernels import (
     attention,
     instructions,
+    matmul,
     quantized_matmul,
     rms_norm,
     rotate,
@@ -32,6 +33,7 @@ __all__ = [
     "MLX_VERSION",
     "attention",
     "instructions",
+    "matmul",
     "quantized_matmul",
     "rms_norm",
     "rotate",

@@ -13,6 +13,8 @@ NB_MODULE(_kernels, m) {
   m.def("quantized_matmul", &mlk::graph::quantized_matmul, "x"_a, "weight"_a, "scales"_a, "biases"_a,
         nb::kw_only(), "group_size"_a, "bits"_a,
         "x (..., in) times the transposed packed matrix (out, in * bits / 32) -> (..., out).");
+  m.def("matmul", &mlk::graph::matmul, "x"_a, "weight"_a,
+        "x (..., in) times the transposed matrix (out, in), summed in float32 -> (..., out), of x's dtype.");
   m.def("rms_norm", &mlk::graph::rms_norm, "x"_a, "weight"_a, "eps"_a,
         "Rows of x scaled to unit root mean square, then by weight.");
   m.def("swiglu", &mlk::graph::swiglu, "x"_a, "x (..., 2 n) -> silu of the first n times the others.");

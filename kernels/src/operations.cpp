@@ -6,11 +6,38 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace mlk {
 
 namespace {
 
-std::vector<const Table*> available() {
+#if defined(__x86_64__)
+// Whether tiles of bfloat16 can be multiplied, which Linux wants to be asked for: their state is
+// large, and a signal's stack must hold it.
+bool may_use_tiles() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (~d & (1u << 22 | 1u << 24))) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;  // AVX512_BF16
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return false;
+  asm volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+  if (~a & (1u << 17 | 1u << 18)) return false;
+#if defined(__linux__)
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+std::vector<const Table*> find_tables() {
   std::vector<const Table*> tables{table_baseline()};
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -20,9 +47,18 @@ std::vector<const Table*> available() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
       tables.push_back(table_avx512());
+      if (__builtin_cpu_supports("avx512vbmi")) {
+        tables.push_back(table_vbmi());
+        if (may_use_tiles()) tables.push_back(table_amx());
+      }
     }
   }
 #endif
+  return tables;
+}
+
+const std::vector<const Table*>& available() {
+  static const std::vector<const Table*> tables = find_tables();
   return tables;
 }
 
@@ -50,7 +86,7 @@ bool choose(const char* name) {
   return false;
 }
 
-void affine_product(Pool& pool, const Table& table, const Affine& a, const Rows& x, void* y) {
+void matrix_product(Pool& pool, const Table& table, const Matrix& a, const Rows& x, void* y) {
   if (x.m == 0 || a.rows == 0) return;
   auto held = pool.lock();
   if (x.m <= few_rows) {
@@ -58,18 +94,21 @@ void affine_product(Pool& pool, const Table& table, const Affine& a, const Rows&
     table.prepare(a, x, prepared);
     size_t grain = std::max<size_t>(rows_at_once(a.columns), a.rows / (16 * pool.threads()));
     pool.each(a.rows, grain, [&](size_t first, size_t last, size_t) {
-      table.affine_few(a, x, prepared, y, first, last);
+      table.few(a, x, prepared, y, first, last);
     });
     return;
   }
-  float* packed = pool.common(table.packed_floats(x));
+  float* packed = pool.common(table.packed_floats(a, x));
   pool.each(table.pack_blocks(x), 1, [&](size_t first, size_t last, size_t) {
-    table.pack(x, packed, first, last);
+    table.pack(a, x, packed, first, last);
   });
   size_t panels = (a.rows + table.panel_rows - 1) / table.panel_rows;
-  pool.each(panels, 1, [&](size_t first, size_t last, size_t thread) {
-    float* scratch = pool.scratch(thread, table.panel_floats(x));
-    table.affine_panels(a, x, packed, scratch, y, first, last);
+  size_t grain = std::clamp<size_t>(panels / (4 * pool.threads()), 1, table.most_panels);
+  pool.each(panels, grain, [&](size_t first, size_t last, size_t thread) {
+    float* scratch = pool.scratch(thread, table.panel_floats(a, x, table.most_panels));
+    for (; first < last; first += table.most_panels) {
+      table.panels(a, x, packed, scratch, y, first, std::min(last, first + table.most_panels));
+    }
   });
 }
 

@@ -10,7 +10,7 @@ const Table& chosen();
 // Take another instruction set, by name; false where this processor lacks it.
 bool choose(const char* name);
 
-void affine_product(Pool&, const Table&, const Affine&, const Rows& x, void* y);
+void matrix_product(Pool&, const Table&, const Matrix&, const Rows& x, void* y);
 void rms_norm(Pool&, const Table&, const Rows& x, const void* weight, Type, float eps, void* y);
 void swiglu(Pool&, const Table&, const Rows& x, void* y);
 // periods: (dim / 2), 1 over the frequency; the first row stands at offset.

@@ -148,20 +148,30 @@ class QuantizedProduct : public OnCpu {
   Work work() const override {
     return [group = group_, bits = bits_](const std::vector<array>& in, array& out) {
       Straight x(in[0]), words(in[1]), scales(in[2]), biases(in[3]);
-      Affine a{static_cast<const uint32_t*>(words.data()),
-               scales.data(),
-               biases.data(),
-               type_of(in[2]),
-               size_t(in[1].shape(0)),
-               size_t(in[0].shape(-1)),
-               group,
-               bits};
-      mlk::affine_product(Pool::shared(), chosen(), a, rows_of(in[0], x), out.data<char>());
+      Matrix a{words.data(), type_of(in[2]), size_t(in[1].shape(0)), size_t(in[0].shape(-1)),
+               bits,         group,          scales.data(),          biases.data()};
+      mlk::matrix_product(Pool::shared(), chosen(), a, rows_of(in[0], x), out.data<char>());
     };
   }
 
  private:
   int group_, bits_;
+};
+
+class Product : public OnCpu {
+ public:
+  explicit Product(mx::Stream stream) : OnCpu(stream) {}
+  const char* name() const override { return "MlxLlamaProduct"; }
+  bool is_equivalent(const Primitive&) const override { return true; }
+
+ protected:
+  Work work() const override {
+    return [](const std::vector<array>& in, array& out) {
+      Straight x(in[0]), weight(in[1]);
+      Matrix a{weight.data(), type_of(in[1]), size_t(in[1].shape(0)), size_t(in[1].shape(1))};
+      mlk::matrix_product(Pool::shared(), chosen(), a, rows_of(in[0], x), out.data<char>());
+    };
+  }
 };
 
 class RmsNorm : public OnCpu {
@@ -304,7 +314,9 @@ array quantized_matmul(const array& x, const array& weight, const array& scales,
   if (biases.dtype() != scales.dtype()) {
     refuse("biases: found ", biases.dtype(), ", expected the scales' ", scales.dtype());
   }
-  if (bits != 2 && bits != 4 && bits != 8) refuse("bits: found ", bits, ", expected 2, 4 or 8");
+  if (bits < 2 || bits > 8 || bits == 7) {
+    refuse("bits: found ", bits, ", expected 2, 3, 4, 5, 6 or 8");
+  }
   if (group_size != 32 && group_size != 64 && group_size != 128) {
     refuse("group_size: found ", group_size, ", expected 32, 64 or 128");
   }
@@ -328,6 +340,18 @@ array quantized_matmul(const array& x, const array& weight, const array& scales,
   if (columns == 0) return mx::zeros(shape, x.dtype(), cpu());
   return array(shape, x.dtype(), std::make_shared<QuantizedProduct>(cpu(), group_size, bits),
                {x, weight, scales, biases});
+}
+
+array matmul(const array& x, const array& weight) {
+  require_float("x", x);
+  require_float("weight", weight);
+  if (x.ndim() < 1 || weight.ndim() != 2 || weight.shape(1) != x.shape(-1)) {
+    refuse("weight: expected (out, in), and rows of x as long");
+  }
+  mx::Shape shape = x.shape();
+  shape.back() = weight.shape(0);
+  if (weight.shape(1) == 0) return mx::zeros(shape, x.dtype(), cpu());
+  return array(shape, x.dtype(), std::make_shared<Product>(cpu()), {x, weight});
 }
 
 array rms_norm(const array& x, const array& weight, float eps) {

@@ -13,6 +13,7 @@ namespace mx = mlx::core;
 
 mx::array quantized_matmul(const mx::array& x, const mx::array& weight, const mx::array& scales,
                            const mx::array& biases, int group_size, int bits);
+mx::array matmul(const mx::array& x, const mx::array& weight);
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps);
 mx::array swiglu(const mx::array& x);
 mx::array rotate(const mx::array& x, const mx::array& periods, int offset);

@@ -87,32 +87,60 @@ double rounding(Type type, double value) {
 
 Type any_type() { return Type(between(0, 2)); }
 
-void check_affine(Pool& pool, const Table& table) {
-  int bits = 1 << between(1, 3), group = 32 << between(0, 2);
-  size_t rows = between(1, 70), columns = size_t(group) * between(1, 1 + 1400 / group);
-  size_t m = between(0, 3) ? between(1, 8) : between(9, 40);
-  int per = 32 / bits;
-  std::vector<uint32_t> words(rows * columns / per);
-  for (auto& word : words) word = random_bits();
-  Type type = any_type(), x_type = any_type();
-  Values scales(type, normals(rows * columns / group)), biases(type, normals(rows * columns / group));
+constexpr int BITS[] = {0, 2, 3, 4, 5, 6, 8};
+
+// Random numbers of a matrix, packed or dense, and what they are exactly.
+struct Numbers {
+  Matrix matrix{};
+  Values dense, scales, biases;
+  std::vector<uint32_t> words;
+  std::vector<double> exact, size;  // of the second: scale and bias without their signs
+
+  Numbers(int bits, int group, Type type, size_t rows, size_t columns)
+      : dense(type, normals(bits ? 0 : rows * columns)),
+        scales(type, normals(bits ? rows * columns / group : 0)),
+        biases(type, normals(bits ? rows * columns / group : 0)),
+        words(bits ? rows * columns * bits / 32 : 0) {
+    for (auto& word : words) word = random_bits();
+    matrix = {bits ? (void*)words.data() : dense.bytes.data(), type, rows, columns};
+    if (bits) {
+      matrix.bits = bits, matrix.group = group;
+      matrix.scales = scales.bytes.data(), matrix.biases = biases.bytes.data();
+    }
+    for (size_t i = 0; i < rows * columns; ++i) {
+      if (!bits) {
+        exact.push_back(dense.exact[i]);
+        size.push_back(std::abs(dense.exact[i]));
+        continue;
+      }
+      uint32_t q = 0;
+      for (int b = 0; b < bits; ++b) q |= (words[(i * bits + b) / 32] >> (i * bits + b) % 32 & 1) << b;
+      double scale = scales.exact[i / group], bias = biases.exact[i / group];
+      exact.push_back(scale * q + bias);
+      size.push_back(std::abs(scale) * q + std::abs(bias));
+    }
+  }
+};
+
+void check_product(Pool& pool, const Table& table) {
+  int bits = BITS[between(0, 6)], group = 32 << between(0, 2);
+  size_t rows = between(1, 70);
+  size_t columns = bits ? size_t(group) * between(1, 1 + 1400 / group) : between(1, 1400);
+  size_t m = between(0, 3) ? between(1, 8) : between(9, 70);
+  Type x_type = any_type();
+  Numbers a(bits, group, any_type(), rows, columns);
   Values x(x_type, normals(m * columns));
   std::vector<char> y(m * rows * size_of(x_type));
-  affine_product(pool, table,
-                 {words.data(), scales.bytes.data(), biases.bytes.data(), type, rows, columns, group, bits},
-                 {x.bytes.data(), x_type, m, columns}, y.data());
+  matrix_product(pool, table, a.matrix, {x.bytes.data(), x_type, m, columns}, y.data());
   for (size_t i = 0; i < m; ++i) {
     for (size_t r = 0; r < rows; ++r) {
       double expected = 0, size = 0;
       for (size_t k = 0; k < columns; ++k) {
-        uint32_t q = words[r * columns / per + k / per] >> (bits * (k % per)) & ((1u << bits) - 1);
-        size_t g = r * columns / group + k / group;
-        double a = x.exact[i * columns + k];
-        expected += a * (scales.exact[g] * q + biases.exact[g]);
-        size += std::abs(a) * (std::abs(scales.exact[g]) * q + std::abs(biases.exact[g]));
+        expected += x.exact[i * columns + k] * a.exact[r * columns + k];
+        size += std::abs(x.exact[i * columns + k]) * a.size[r * columns + k];
       }
-      double bound = std::sqrt(double(columns)) * EPSILON * size + rounding(x_type, expected);
-      require(read(x_type, y, i * rows + r), expected, bound, "affine product");
+      double bound = (std::sqrt(double(columns)) + 4) * EPSILON * size;
+      require(read(x_type, y, i * rows + r), expected, bound + rounding(x_type, expected), "product");
     }
   }
 }
@@ -304,7 +332,7 @@ void check_not_finite(Pool& pool, const Table& table, float bad) {
     std::vector<uint32_t> words(rows * columns / 8, 0x76543210u);
     std::vector<float> ones(rows * 3, 1.0f), x = normals(m * columns), y(m * rows);
     x[columns + 5] = bad;
-    affine_product(pool, table, {words.data(), ones.data(), ones.data(), Type::f32, rows, columns, 32, 4},
+    matrix_product(pool, table, {words.data(), Type::f32, rows, columns, 4, 32, ones.data(), ones.data()},
                    {x.data(), Type::f32, m, columns}, y.data());
     for (size_t i = 0; i < m * rows; ++i) {
       require(std::isfinite(y[i]), i / rows != 1, 0, "products of what is not finite");
@@ -362,7 +390,7 @@ void check_registers(const Table& table) {
     check(pool, table);
     require(is_wide_in_use(), 0, 0, "wide registers in use");
   };
-  for (int round = 0; round < 20; ++round) left(check_affine), left(check_rows);
+  for (int round = 0; round < 20; ++round) left(check_product), left(check_rows);
   for (int round = 0; round < 20; ++round) left(check_rotation), left(check_attention);
 }
 
@@ -371,7 +399,7 @@ void check_registers(const Table& table) {
 int main(int argc, char** argv) {
   int rounds = argc > 1 ? std::atoi(argv[1]) : 40;
   check_pool();
-  for (const char* name : {"baseline", "avx2", "avx512"}) {
+  for (const char* name : {"baseline", "avx2", "avx512", "vbmi", "amx"}) {
     if (!choose(name)) {
       std::printf("%s: not on this processor\n", name);
       continue;
@@ -379,7 +407,7 @@ int main(int argc, char** argv) {
     for (size_t threads : {1, 3}) {
       Pool pool(threads);
       for (int round = 0; round < rounds; ++round) {
-        check_affine(pool, chosen());
+        check_product(pool, chosen());
         check_rows(pool, chosen());
         check_rotation(pool, chosen());
         check_attention(pool, chosen());

@@ -6,8 +6,9 @@
 // multiplied in register blocks; few go by `direct.h`, with the rows split over several parts.
 #pragma once
 
-#include "mlx_llama_kernels/affine.h"
 #include "mlx_llama_kernels/direct.h"
+#include "mlx_llama_kernels/multiply.h"
+#include "mlx_llama_kernels/rows.h"
 
 namespace mlk::MLK_ISA {
 

@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "mlx_llama_kernels/table.h"
 
 namespace mlk::MLK_ISA {
@@ -28,7 +32,108 @@ static inline U load(const uint32_t* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
+static inline U load_bits(const void* p) {
+  U v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
 static inline void store(float* p, F v) { __builtin_memcpy(p, &v, sizeof v); }
+
+static inline F load(const bf16* p) {
+  typedef uint16_t H __attribute__((vector_size(2 * MLK_LANES)));
+  H v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return (F)(__builtin_convertvector(v, U) << 16);
+}
+static inline F load(const _Float16* p) {
+#if defined(__AVX512F__)
+  return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  F v;
+  for (int lane = 0; lane < W; ++lane) {
+    _Float16 half;
+    __builtin_memcpy(&half, p + lane, sizeof half);
+    v[lane] = float(half);
+  }
+  return v;
+#endif
+}
+
+// a and b taken in turns: their lower halves, their upper ones.
+static inline F mixed_low(F a, F b) {
+#if MLK_LANES == 16
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif MLK_LANES == 8
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#endif
+}
+static inline F mixed_high(F a, F b) {
+#if MLK_LANES == 16
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif MLK_LANES == 8
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// Turns W rows of W numbers: each round doubles the run of numbers that come from one column.
+static inline void turn(F rows[W]) {
+#pragma GCC unroll 4
+  for (int run = 1; run < W; run *= 2) {
+    F mixed[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      mixed[2 * i] = mixed_low(rows[i], rows[i + W / 2]);
+      mixed[2 * i + 1] = mixed_high(rows[i], rows[i + W / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) rows[i] = mixed[i];
+  }
+}
+
+// Lane i of the result is lane lanes[i] of v.
+static inline F pick(F v, I lanes) {
+#if defined(__AVX512F__)
+  return (F)_mm512_permutexvar_ps((__m512i)lanes, (__m512)v);
+#elif defined(__AVX2__)
+  return (F)_mm256_permutevar8x32_ps((__m256)v, (__m256i)lanes);
+#else
+  F picked;
+  for (int lane = 0; lane < W; ++lane) picked[lane] = v[lanes[lane]];
+  return picked;
+#endif
+}
+
+#if defined(__AVX512VBMI__)
+// n numbers (a multiple of 8, at most 64) of a stream of bits, lowest first, as bytes.
+template <int BITS>
+static inline __m512i unpack64(const void* from, size_t n) {
+  size_t bytes = n * BITS / 8;
+  __mmask64 there = bytes < 64 ? (__mmask64(1) << bytes) - 1 : ~__mmask64(0);
+  __m512i packed = _mm512_maskz_loadu_epi8(there, from);
+  if constexpr (BITS == 8) return packed;
+  struct alignas(64) Bytes { uint8_t at[64]; };
+  // Eight numbers take BITS bytes: first to eight bytes of their own, then to a byte each.
+  static constexpr Bytes places = [] {
+    Bytes b{};
+    for (int i = 0; i < 64; ++i) b.at[i] = uint8_t(i % 8 < BITS ? i / 8 * BITS + i % 8 : 63);
+    return b;
+  }();
+  static constexpr Bytes shifts = [] {
+    Bytes b{};
+    for (int i = 0; i < 64; ++i) b.at[i] = uint8_t(i % 8 * BITS);
+    return b;
+  }();
+  __m512i eights = _mm512_permutexvar_epi8(_mm512_load_si512(&places), packed);
+  __m512i bytes64 = _mm512_multishift_epi64_epi8(_mm512_load_si512(&shifts), eights);
+  return _mm512_and_si512(bytes64, _mm512_set1_epi8((1 << BITS) - 1));
+}
+#endif
 
 // x - 0 is x, minus zero and NaN included.
 static inline F all(float x) { return x - F{}; }
@@ -62,7 +167,9 @@ static inline void narrow(float x, _Float16& out) { out = _Float16(x); }
 
 template <class T>
 static inline void widen_row(const T* from, float* to, size_t n) {
-  for (size_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+  size_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(from + i));
+  for (; i < n; ++i) to[i] = widen(from[i]);
 }
 template <class T>
 static inline void narrow_row(const float* from, T* to, size_t n) {

@@ -17,16 +17,17 @@ struct bf16 {
 
 inline size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
-// A matrix (rows, columns) of MLX's affine quantization: weight = scale * q + bias, one scale and
-// bias for each `group` columns of a row; words hold 32 / bits numbers, the first one lowest.
-struct Affine {
-  const uint32_t* words;  // (rows, columns * bits / 32)
-  const void* scales;     // (rows, columns / group)
-  const void* biases;     // as scales
-  Type type;              // of scales and biases
+// A matrix (rows, columns), row after row. Dense where bits is 0: numbers of `type`. Else MLX's
+// affine quantization: weight = scale * q + bias, one scale and bias for each `group` columns of a
+// row; the numbers of a row are one stream of bits in 32-bit words, lowest first.
+struct Matrix {
+  const void* data;  // dense numbers, or words (rows, columns * bits / 32)
+  Type type;         // of dense numbers, or of scales and biases
   size_t rows, columns;
-  int group;  // 32, 64 or 128
-  int bits;   // 2, 4 or 8
+  int bits = 0;   // 0, 2, 3, 4, 5, 6 or 8
+  int group = 0;  // 32, 64 or 128
+  const void* scales = nullptr;  // (rows, columns / group)
+  const void* biases = nullptr;  // as scales
 };
 
 // Rows of activations (m, n), row after row.
@@ -65,22 +66,23 @@ struct Attention {
 
 struct Table {
   const char* name;
-  size_t panel_rows;  // of a matrix, which one part of `affine_panels` multiplies
+  size_t panel_rows;  // of a matrix, which one part of `panels` multiplies
 
   // Few rows of activations: `prepare` once into scratch of `prepared_floats`, then ranges of the
   // matrix's rows. m is at most few_rows.
-  size_t (*prepared_floats)(const Affine&, size_t m);
-  void (*prepare)(const Affine&, const Rows& x, float* prepared);
-  void (*affine_few)(const Affine&, const Rows& x, const float* prepared, void* y, size_t first,
-                     size_t last);
+  size_t (*prepared_floats)(const Matrix&, size_t m);
+  void (*prepare)(const Matrix&, const Rows& x, float* prepared);
+  void (*few)(const Matrix&, const Rows& x, const float* prepared, void* y, size_t first, size_t last);
 
-  // Many rows: `pack` ranges of row blocks into scratch of `packed_floats`, then ranges of panels.
-  size_t (*packed_floats)(const Rows& x);
+  // Many rows: `pack` ranges of row blocks into scratch of `packed_floats`, then ranges of panels,
+  // most_panels at once, with scratch of `panel_floats` for each thread.
+  size_t most_panels;
+  size_t (*packed_floats)(const Matrix&, const Rows& x);
   size_t (*pack_blocks)(const Rows& x);
-  void (*pack)(const Rows& x, float* packed, size_t first, size_t last);
-  size_t (*panel_floats)(const Rows& x);  // scratch of each thread
-  void (*affine_panels)(const Affine&, const Rows& x, const float* packed, float* scratch, void* y,
-                        size_t first, size_t last);
+  void (*pack)(const Matrix&, const Rows& x, float* packed, size_t first, size_t last);
+  size_t (*panel_floats)(const Matrix&, const Rows& x, size_t panels);
+  void (*panels)(const Matrix&, const Rows& x, const float* packed, float* scratch, void* y,
+                 size_t first, size_t last);
 
   void (*rms_norm)(const Rows& x, const void* weight, Type weight_type, float eps, void* y,
                    size_t first, size_t last);
@@ -104,6 +106,8 @@ const Table* table_baseline();
 #if defined(__x86_64__)
 const Table* table_avx2();
 const Table* table_avx512();
+const Table* table_vbmi();
+const Table* table_amx();
 #endif
 
 }  // namespace mlk
