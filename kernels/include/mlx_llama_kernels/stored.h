@@ -51,13 +51,13 @@ static inline F load_wide(const T* from) {
 
 // The rows of one head.
 template <class T>
-struct Numbers {
+struct StoredNumbers {
   static constexpr bool is_packed = false;
   const T* data;
   ptrdiff_t stride;
   size_t dim;
 
-  Numbers(const Stored& x, size_t batch, size_t head)
+  StoredNumbers(const Stored& x, size_t batch, size_t head)
       : data(static_cast<const T*>(x.numbers.data) + place(x.numbers, batch, head, 0)),
         stride(x.numbers.stride_row),
         dim(x.numbers.dim) {}
@@ -117,7 +117,7 @@ template <class Fn>
 static inline void reading(const Stored& x, size_t batch, size_t head, Fn f) {
   if (x.bits == 8) f(PackedNumbers<8>(x, batch, head));
   else if (x.bits == 4) f(PackedNumbers<4>(x, batch, head));
-  else typed(x.numbers.type, [&](auto* t) { f(Numbers<std::remove_pointer_t<decltype(t)>>(x, batch, head)); });
+  else typed(x.numbers.type, [&](auto* t) { f(StoredNumbers<std::remove_pointer_t<decltype(t)>>(x, batch, head)); });
 }
 
 // Where number d of a row stands in its vectors.
