@@ -291,8 +291,8 @@ class Session:
                 self._starts[number] = min(start, self._starts.get(number, start))
             turn.steps = generate(self._llama.model, self.cache, request)
             for step in turn.steps:
-                turn.taken.append(step)
-                yield step
+                if (taken := turn.take(step)) is not None:
+                    yield taken
         finally:
             if self._turn is turn:
                 self._settle(turn)

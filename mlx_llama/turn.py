@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mlx_llama.generation import OnForget, OnPrefill, Step
 from mlx_llama.options import GenerationOptions
@@ -47,6 +47,21 @@ class Turn:
         """The tokens that it has yielded."""
         return [step.token_id for step in self.taken if step.token_id is not None]
 
+    def take(self, step: Step) -> Step | None:
+        """Note a step; return what is to be yielded of it.
+
+        A first token that was on its way when the answer was cancelled is dropped where it would
+        cost an answer: its row in the cache is then another's than the one that is kept.
+        """
+        if self._is_late(step) and self._costs_an_answer():
+            self.trimmed = []
+            if step.finish_reason is None:
+                return None  # what ends the answer follows
+            step = replace(step, token_id=None, text="", finish_reason="cancelled")
+            step = replace(step, logprob=None, top_logprobs=())
+        self.taken.append(step)
+        return step
+
     def messages(self) -> list[Message]:
         """Return the conversation with what has come of the answer.
 
@@ -63,6 +78,11 @@ class Turn:
             begun = self.begun.token_ids
             kept = None if kept is None or begun is None else (*begun, *kept)
         return [*self.given, Message("assistant", text, kept, reason in CUTS, self.seed)]
+
+    def _is_late(self, step: Step) -> bool:
+        """Whether a step is the first token, and comes after the answer was cancelled."""
+        is_first = not self.taken and step.token_id is not None
+        return is_first and self.cancel is not None and self.cancel.is_set()
 
     def _costs_an_answer(self) -> bool:
         """Whether an answer that says something would be no more."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import mlx_llama
-from mlx_llama import Llama, Message, Session
+from mlx_llama import Llama, Message, Session, generation
 from mlx_llama.errors import ContextOverflowError, OptionError
 from mlx_llama.options import ContextOptions
 from mlx_llama.prompts import PlainFormat
@@ -243,6 +243,49 @@ def test_answer_that_nothing_takes_the_place_of_comes_back(llama: Llama, is_edit
         costs.append(last.stats.prompt_tokens - last.stats.cached_tokens)
     assert session.messages == other.messages  # the rows are those of the tokens
     assert is_edited or costs[0] == costs[1]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 8])
+@pytest.mark.parametrize("wish", ["retry", "edit", "ask"])
+def test_first_token_that_comes_after_the_stop_costs_no_answer(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch, wish: str, max_tokens: int
+) -> None:
+    """A token on its way when a retry was stopped took the old answer's place."""
+    options: dict[str, Any] = {"temperature": 1.0, "ignore_eos": True}
+    session, other = begin(llama), begin(llama)
+    for each in (session, other):
+        answer(each, "hello", max_tokens=8, **options)
+        answer(each, "the thing", max_tokens=8, **options)
+    before, cancel, read = list(session.messages), threading.Event(), generation._Draw.read
+
+    def read_late(draw: generation._Draw) -> int:
+        cancel.set()
+        return read(draw)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation._Draw, "read", read_late)
+        hooks: dict[str, Any] = {"cancel": cancel, "seed": 6, "max_tokens": max_tokens, **options}
+        match wish:
+            case "retry":
+                steps = list(session.retry(**hooks))
+            case "edit":
+                steps = list(session.stream([*before[:2], Message("user", "world")], **hooks))
+            case _:
+                steps = list(session.ask("world", **hooks))
+    held, shared = session.cached_share()
+    assert held == session.cache.offset
+    assert shared == held or wish == "edit"  # whose question is cached, and is not the history's
+    if wish == "ask":  # nothing is lost for it
+        assert steps[0].token_id is not None
+        assert session.messages[:-2] == before
+        return
+    assert [(step.token_id, step.text, step.finish_reason) for step in steps] == [
+        (None, "", "cancelled")
+    ]
+    assert session.messages == before
+    for each in (session, other):
+        answer(each, "a", max_tokens=8, **{**options, "temperature": 0})
+    assert session.messages == other.messages  # the rows are those of the tokens
 
 
 def test_refused_question_leaves_the_cache_as_it_was(chat_model: Path) -> None:
