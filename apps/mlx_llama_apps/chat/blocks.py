@@ -73,7 +73,7 @@ class BlockReader:
         if self._fence is not None:
             return [self._code(line)]
         if not line.strip():
-            return [*self._flush(), Block(Kind.BLANK, "")]
+            return [*self._flush(), Block(Kind.BLANK, line)]
         if fence := _FENCE.match(line):
             self._fence = fence[2]
             words = fence[3].split()

@@ -22,6 +22,8 @@ from mlx_llama_apps.terminal import visible
 
 CODE_CONTEXT = 200  # lines before a line of code that its colours may depend on
 _ITEM = re.compile(r"(\s*)([-*+]|\d{1,9}[.)])(\s+)(.*)", re.DOTALL)
+_LEADING = re.compile(r" {0,3}(#{1,6}|>)[ \t]+")  # what a heading or a quotation begins with
+_STRUCTURE = re.compile(r"\A(\d{0,9})((?:[-+*.)#=]+(?=\s|$))|>|`{3}|~{3})")  # at a line's beginning
 _TRAILING = re.compile(r"[ ]+((?:\x1b\[[0-9;]*m)*)$", re.MULTILINE)
 
 
@@ -72,19 +74,43 @@ class Drawing:
         self._is_in_list = False
         self._blanks = 0
 
-    def draw(self, block: Block) -> str:
-        """Return a block as it is shown, with its line break."""
+    def draw(self, block: Block, *, n_left: int = 0) -> str:
+        """Return a block as it is shown, with its line break.
+
+        n_left: characters of it that stand there already; the rest begins a row.
+        """
+        rest = block.raw[n_left:] if n_left else ""
         if block.kind is Kind.BLANK:
             self._blanks += 1
-            return "\n" if self._blanks == 1 else ""
+            return "\n" if self._blanks == 1 and not n_left else ""
         self._blanks = 0
-        raw = visible(block.raw.replace("\t", "    "))
+        raw, rest = (visible(text.replace("\t", "    ")) for text in (block.raw, rest))
         if block.kind is Kind.FENCE:
             self._lexer, self._code = block.language, []
-            return self._printed(Text(raw, style="dim"), is_wrapped=False)
-        if block.kind is Kind.CODE:
-            return self._printed(self._highlighted(raw), is_wrapped=False)
-        return _TRAILING.sub(r"\1", self._printed(self._text(raw)))
+            what = Text(raw, style="dim")
+        elif block.kind is Kind.CODE:
+            what = self._highlighted(raw)
+        else:
+            what = self._text(raw)
+        if n_left and not rest.strip():
+            return ""
+        if block.kind is not Kind.TEXT:
+            return self._printed(Text(rest) if n_left else what, is_wrapped=False)
+        what = self._rest(raw[: len(raw) - len(rest)], rest) if n_left else what
+        return _TRAILING.sub(r"\1", self._printed(what))
+
+    def _rest(self, begun: str, rest: str) -> RenderableType:
+        """Return what is behind a block's beginning, as a text of its own."""
+        if rest.lstrip().startswith("|"):  # rows of a table without its head
+            return Text(rest.rstrip())
+        item, leading = _ITEM.fullmatch(begun), _LEADING.match(begun)
+        if not begun.endswith("\n"):
+            rest = _STRUCTURE.sub(r"\1\\\2", rest.lstrip())
+            rest = rest if leading is None else leading[0] + rest
+        if item is None:
+            return _Markdown(rest)
+        indent = sum(map(len, item.groups()[:3]))
+        return Padding(_Markdown(_dedented(rest)), (0, 0, 0, self._indent(indent)))
 
     def _printed(self, what: RenderableType, *, is_wrapped: bool = True) -> str:
         with self._console.capture() as capture:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlx_llama_apps.chat.blocks import Block, BlockReader
+from mlx_llama_apps.chat.blocks import Block, BlockReader, Kind
 from mlx_llama_apps.chat.markdown import Drawing
 from mlx_llama_apps.terminal import size, visible
 
@@ -31,6 +32,8 @@ REASONS = {
     "timeout": "ended after the timeout; /continue goes on",
     "stop": "ended at a stop text",
 }
+_ROW = re.compile(r".*")
+_WORD = re.compile(r"[^\s\u1100-\uffff]*")  # between wide characters a row may end
 NARROW = 16  # columns of the screen for each of a table; with less its cells become lines
 
 
@@ -99,6 +102,11 @@ class View:
         if self._answer is not None and text:
             self._answer.write(text)
 
+    def resumed(self) -> None:
+        """Note that the program was stopped, and others wrote meanwhile. A signal handler may."""
+        if self._answer is not None:
+            self._answer.is_resumed = True
+
     def end_answer(self, reason: str | None, stats: Stats | None) -> None:
         """Close the answer; at a terminal, say why it stopped and what it cost."""
         if self._answer is not None:
@@ -143,6 +151,7 @@ class _PlainAnswer:
     def __init__(self, console: Console, begun: str) -> None:
         self._file = console.file
         self._is_terminal = console.is_terminal
+        self.is_resumed = False  # text goes on wherever it is
         self._last = ""
         self.write(begun.rpartition("\n")[2])
 
@@ -162,8 +171,9 @@ class _MarkdownAnswer:
     """Finished blocks as Markdown; the open one as it comes, until it is replaced.
 
     The open block is only shown as far as the screen is high: what has scrolled away cannot be
-    replaced. When the terminal is resized meanwhile, what stands there is left, and the block goes
-    on as plain text.
+    replaced. When the terminal is resized meanwhile, what stands there stays: its last word is
+    finished, and the rest of the block drawn from the next row on. After a stop the block is shown
+    again, below what others wrote.
     """
 
     def __init__(self, console: Console, begun: str) -> None:
@@ -171,62 +181,88 @@ class _MarkdownAnswer:
         self._file = console.file
         self._reader = BlockReader()
         self._drawing = Drawing(console)
-        self._shown = ""  # of the open block
-        self._is_left = False  # whether it stays as it stands
+        self._n_left = 0  # characters of the open block that stay as they stand
+        self._is_word_open = False  # the last of them is to be finished
+        self._shown = ""  # of the open block behind them; it is replaced
         self._size = _terminal_size()
+        self.is_resumed = False
         for block in self._reader.feed(begun):
             self._drawing.draw(block)
         self._emit(self._more())
 
     def write(self, text: str) -> None:
         """Draw what the text finishes, and show what it opens."""
-        blocks = self._reader.feed(text)
-        if self._shown and _terminal_size() != self._size:
-            self._is_left = True
-        out = self._finished(blocks)
-        if not self._shown:
-            self._size = _terminal_size()
+        out = self._looked() + self._finished(self._reader.feed(text))
         self._emit(out + self._more())
 
     def end(self) -> None:
         """Draw what is still open."""
-        if self._shown and _terminal_size() != self._size:
-            self._is_left = True
-        self._emit(self._finished(self._reader.finish()))
+        self._emit(self._looked() + self._finished(self._reader.finish()))
+
+    def _looked(self) -> str:
+        """See what has become of the screen."""
+        out, size = "", _terminal_size()
+        if self.is_resumed:
+            self.is_resumed = self._is_word_open = False
+            out, self._shown = "\n" if self._shown else "", ""
+        elif self._shown and size != self._size:
+            self._n_left += len(self._shown)
+            self._shown, self._is_word_open = "", True
+        self._size = size
+        return out
 
     def _finished(self, blocks: Sequence[Block]) -> str:
         out = ""
         for block in blocks:
-            out += self._left(block.raw) if self._is_left else self._erased()
-            drawn = self._drawing.draw(block)
-            if self._is_left:
-                self._is_left = False
+            out += self._erased()
+            if self._n_left <= len(block.raw):
+                out += self._word(block.raw, is_whole=True, is_code=block.kind is not Kind.TEXT)
+                out += self._drawing.draw(block, n_left=self._n_left)
             else:
-                out += drawn
-            self._shown = ""
+                self._drawing.draw(block)  # it stands there, with its line break
+            self._n_left = max(0, self._n_left - len(block.raw) - 1)
+            self._is_word_open = self._is_word_open and self._n_left > 0
         return out
 
-    def _left(self, raw: str) -> str:
-        """Return what is missing of a block that stays as it stands."""
-        return visible(raw[len(self._shown) :]) + "\n"
+    def _word(self, raw: str, *, is_whole: bool, is_code: bool) -> str:
+        """Return what finishes the word that was open on another screen, and its line break.
+
+        A row of code or of a table counts as one word.
+        """
+        if not self._is_word_open:
+            return ""
+        before, rest = raw[: self._n_left], raw[self._n_left :]
+        is_row = is_code or before.rpartition("\n")[2].lstrip().startswith("|")
+        is_within = is_row or bool(before[-1:].strip())
+        found = (_ROW if is_row else _WORD).match(rest) if is_within else None
+        word = found[0] if found is not None else ""
+        self._n_left += len(word)
+        if is_within and len(word) == len(rest) and not is_whole:
+            return _flat(word)
+        self._is_word_open = False
+        self._n_left += rest[len(word) : len(word) + 1].isspace()
+        return _flat(word) + ("" if before.endswith("\n") else "\n")
 
     def _erased(self) -> str:
         if not self._shown:
             return ""
         rows = rows_taken(_flat(self._shown), self._size[0]) - 1
+        self._shown = ""
         up = f"\x1b[{rows}A" if rows else ""
         return f"\r{up}\x1b[J"
 
     def _more(self) -> str:
         """Return what of the open block is not shown yet and has room."""
         tail = self._reader.tail
-        more = tail[len(self._shown) :]
-        if not self._is_left:
-            columns, lines = self._size
-            while more and rows_taken(_flat(self._shown + more), columns) > max(1, lines - 2):
-                more = more[: len(more) // 2]
+        word = self._word(tail, is_whole=False, is_code=self._reader.is_code)
+        if self._is_word_open:
+            return word
+        more = tail[self._n_left + len(self._shown) :]
+        columns, lines = self._size
+        while more and rows_taken(_flat(self._shown + more), columns) > max(1, lines - 2):
+            more = more[: len(more) // 2]
         self._shown += more
-        return _flat(more)
+        return word + _flat(more)
 
     def _emit(self, text: str) -> None:
         if text:

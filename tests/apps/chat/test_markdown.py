@@ -115,21 +115,75 @@ def test_rows_of_a_text(text: str, columns: int, rows: int) -> None:
     assert rows_taken(text, columns) == rows
 
 
-def test_resize_in_mid_block_leaves_what_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    size = [40, 24]
+def streamed(
+    pieces: list[str | int], monkeypatch: pytest.MonkeyPatch, columns: int = 40
+) -> list[str]:
+    """Return the lines of an answer in pieces; a number resizes to so many columns, 0 is a stop.
+
+    What stood before a resize is not wrapped anew.
+    """
+    monkeypatch.setenv("TERM", "xterm-256color")
+    size = [columns, 24]
     monkeypatch.setattr(view_module, "_terminal_size", lambda: tuple(size))
     out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=40)
+    console = Console(file=out, force_terminal=True, width=columns, color_system=None)
     shown = View(console)
     shown.is_terminal = True
+    screen = pyte.Screen(columns, 24)
+    screen.set_mode(pyte.modes.LNM)
+    stream = pyte.Stream(screen)
     shown.begin_answer()
-    shown.write("a *first* ")
-    size[0] = 60
-    shown.write("part\n\n*second*\n\n")
+    for piece in pieces:
+        if piece == 0:
+            shown.resumed()
+        elif isinstance(piece, int):
+            size[0] = piece
+            console.width = piece
+            screen.resize(24, piece)
+        else:
+            shown.write(piece)
+            stream.feed(out.getvalue())
+            out.seek(0)
+            out.truncate()
     shown.end_answer(None, None)
-    text = out.getvalue()
-    assert "a *first* part\n" in text
-    assert "*second*\n" not in text  # replaced again
+    stream.feed(out.getvalue())
+    return [line.rstrip() for line in screen.display if line.strip()]
+
+
+LONG = "and then it goes on for more than one row of the screen"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "lines"),
+    [
+        (["a *first* wo", 60, "rd *of*", " many\n\n*two*\n\n"],
+         ["a *first* word", "of many", "two"]),
+        (["a *first* ", 60, "part\n\n*two*\n"], ["a *first*", "part", "two"]),
+        (["one wo", 30, "rd\n\ntwo"], ["one word", "two"]),
+        (["one wo", 30, "rd", 50, "s an", 20, "d more"], ["one words", "and", "more"]),
+        (["one two", 30, " - three 1. *x*"], ["one two", "- three 1. x"]),
+        (["one two", 30, " 1. three"], ["one two", "1. three"]),
+        (["- one two", 30, " *three*\n- *four*\n"], ["- one two", "  three", "• four"]),
+        (["> one", 30, " *two*\n> three\n\nend"], ["> one", "▌ two three", "end"]),
+        (["日本", 30, "語 *two*"], ["日本", "語 two"]),
+        (["| a | b |\n|---", 30, "|---|\n| 1 | 2 |\n\n*x*"],
+         ["| a | b |", "|---|---|", "| 1 | 2 |", "x"]),
+        (["```py\nx = ", 30, "1 + 2\ny = 3\n```\n"], ["```py", "x = 1 + 2", "y = 3", "```"]),
+        (["```p", 30, "y\nx = 1\n```\n*x*"], ["```py", "x = 1", "```", "x"]),
+        (["one\n", 30, "two\n\n*x*"], ["one", "two", "x"]),
+        (["one\n- t", 30, "wo *x*\n- y"], ["one", "- two", "  x", "• y"]),
+        (["one\n  ", 30, "\nNext *x*"], ["one", "Next x"]),
+        (["one wo", 0, "rd *x*\n\ntwo"], ["one wo", "one word x", "two"]),
+        (["one two", 30, " three *f", 0, "our*"], ["one two", "three *f", "three four"]),
+        (["a wo", 20, "rd " + LONG + "\n\n*x*"],
+         ["a word", "and then it goes on", "for more than one", "row of the screen", "x"]),
+    ],
+)  # fmt: skip
+def test_screen_that_changes_in_mid_block_breaks_no_word(
+    pieces: list[str | int], lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands there stays, its word is finished, and the rest has the new width."""
+    assert streamed(pieces, monkeypatch) == lines
 
 
 def test_control_characters_of_a_model_reach_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
