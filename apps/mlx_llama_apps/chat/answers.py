@@ -159,7 +159,8 @@ class Answers:
         """Show an answer as it comes; return why it ended, None when it never began."""
         reason, stats = None, None
         self._is_shown = False
-        with self._reader.hushed(self._inference.interrupt), StatusLine() as status:
+        hushed = self._reader.hushed(self._inference.interrupt, self._view.resumed)
+        with hushed, StatusLine() as status:
             on_prefill = prefill_progress(status)
             # Until the first slice is over, which may take longer, there is nothing to count.
             waiting = threading.Timer(1.05, status.show, ["reading the prompt"])

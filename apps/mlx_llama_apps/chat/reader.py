@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import sys
 import termios
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app, run_in_terminal
@@ -121,6 +124,7 @@ class Reader:
             complete_style=CompleteStyle.READLINE_LIKE,
             reserve_space_for_menu=0,
             tempfile_suffix=".md",
+            enable_suspend=True,
             bottom_toolbar=self._toolbar_text,
             style=Style.from_dict({"bottom-toolbar": "noreverse"}),
             color_depth=depth,
@@ -207,10 +211,14 @@ class Reader:
             event.app.exit(exception=KeyboardInterrupt)
 
     @contextlib.contextmanager
-    def hushed(self, on_interrupt: Callable[[], None]) -> Iterator[None]:
+    def hushed(
+        self, on_interrupt: Callable[[], None], on_resume: Callable[[], None]
+    ) -> Iterator[None]:
         """Do not echo what is typed while an answer streams; it waits for the next prompt.
 
-        on_interrupt: called when Ctrl-C was typed before the terminal made a signal of it.
+        While the program is stopped (Ctrl-Z) the terminal is as it was before. on_interrupt: called
+        when Ctrl-C was typed before the terminal made a signal of it. on_resume: called by a signal
+        handler when the program goes on after it was stopped.
         """
         try:
             descriptor = sys.stdin.fileno()
@@ -221,13 +229,24 @@ class Reader:
         quiet = termios.tcgetattr(descriptor)
         # Without NOFLSH the terminal would drop it with Ctrl-C; with ICANON, keep it for a line.
         quiet[3] = (quiet[3] & ~(termios.ECHO | termios.ICANON)) | termios.NOFLSH
+
+        def leave() -> None:
+            termios.tcsetattr(descriptor, termios.TCSANOW, before)
+
+        def enter() -> None:
+            # In the background the terminal is another's.
+            if os.tcgetpgrp(descriptor) == os.getpgrp():
+                termios.tcsetattr(descriptor, termios.TCSANOW, quiet)
+            on_resume()
+
         termios.tcsetattr(descriptor, termios.TCSANOW, quiet)
         try:
-            if self._took_interrupt(descriptor):
-                on_interrupt()
-            yield
+            with _stoppable(leave, enter):
+                if self._took_interrupt(descriptor):
+                    on_interrupt()
+                yield
         finally:
-            termios.tcsetattr(descriptor, termios.TCSANOW, before)
+            leave()
 
     def _took_interrupt(self, descriptor: int) -> bool:
         """Take Ctrl-C out of what was typed behind the last message; the rest waits."""
@@ -239,3 +258,27 @@ class Reader:
         rest = [key for key in keys if key.key != Keys.ControlC]
         store_typeahead(source, rest)
         return len(rest) < len(keys)
+
+
+@contextlib.contextmanager
+def _stoppable(on_stop: Callable[[], None], on_resume: Callable[[], None]) -> Iterator[None]:
+    """Call these before Ctrl-Z stops the program, and when it goes on."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        on_stop()
+        signal.signal(number, signal.SIG_DFL)
+        signal.pthread_kill(threading.get_ident(), number)  # stops here
+        signal.signal(number, stop)
+
+    def resume(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        on_resume()
+
+    found = [(signal.SIGTSTP, stop), (signal.SIGCONT, resume)]
+    before = [(number, signal.signal(number, handler)) for number, handler in found]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)

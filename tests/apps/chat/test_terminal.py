@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -508,3 +509,51 @@ def test_cache_of_another_model_is_read_anew(
     other.enter("world")
     assert said(home)[::2] == ["hello", "world"]
     assert other.leave() == 0
+
+
+def test_stopped_job_goes_on_where_it_was(home: Path, chat_model: Path) -> None:
+    """Ctrl-Z and fg in mid-answer: the shell has its terminal, and the chat its own again."""
+    import sys
+
+    from terminal import CODE
+
+    terminal = Terminal(home, argv=["bash", "--norc", "--noprofile", "-i"], PS1="shell: ")
+    terminal.expect("shell:")
+    chat = [sys.executable, "-c", CODE, "chat", str(chat_model), "--ignore-eos", "--seed", "1"]
+    terminal.send(shlex.join([*chat, "--context", "max"]) + "\r")
+    terminal.prompt()
+    terminal.send("hello\r")
+    terminal.until(lambda: len(terminal.raw.rpartition("\x1b[?2004l")[2]) > 300, "answer")
+    terminal.send("\x1a")
+    terminal.expect("Stopped")
+    terminal.send("echo $((40 + 2)) at the shell; stty -a; jobs\r")
+    terminal.expect("42 at the shell")
+    terminal.expect("Stopped", times=2)
+    modes = terminal.flat.rpartition("42 at the shell")[2].split()
+    assert {"icanon", "echo", "-noflsh"} <= set(modes)
+    before = len(terminal.raw)
+    terminal.send("fg\r")
+    terminal.until(lambda: len(terminal.raw) > before + 600, "rest of the answer")
+    assert "42 at the shell" in terminal.flat  # not drawn over
+    terminal.send("a draft")  # waits for the prompt, and is not echoed
+    time.sleep(0.1)
+    terminal.interrupt()
+    terminal.expect("stopped; /continue goes on")
+    terminal.expect("> a draft")
+    terminal.send("\x15")
+    terminal.prompt()
+    (path,) = saved(home)
+    assert records(path)[-1]["is_cut"] is True
+    terminal.send("\x1a")  # at the prompt, too
+    terminal.expect("Stopped", times=3)
+    before = terminal.n_prompts
+    terminal.send("fg\r")
+    terminal.prompt()
+    terminal.enter("/stats")
+    terminal.expect("begin the history")
+    terminal.send("\x04")
+    terminal.until(lambda: terminal.flat.endswith("shell:"), "shell")
+    terminal.send("stty -a; echo $((40 + 3)) at the end\r")
+    terminal.expect("43 at the end")
+    assert "-noflsh" in terminal.flat.rpartition("stty -a;")[2]
+    terminal.child.close(force=True)
