@@ -139,6 +139,7 @@ def test_ctrl_c_at_a_hundred_random_moments_leaves_all_in_agreement(
     """History, cache and file agree token for token, whenever an answer was stopped."""
     dice = random.Random(3)
     terminal = start(chat_model, "--ignore-eos", "--context", "max", "--seed", 1)
+    terminal.child.delaybeforesend = None  # before the first token, too
     for number in range(100):
         wish = dice.choice(["a question", "a question", "/continue", "/retry"])
         before = terminal.n_prompts
