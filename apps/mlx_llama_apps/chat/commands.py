@@ -121,6 +121,7 @@ class Command:
 KEYS_HELP = (
     ("Enter", 'sends; Alt-Enter, a trailing \\ or """ begin a new line'),
     ("Ctrl-C", "stops an answer; twice at an empty prompt leaves, as Ctrl-D does"),
+    ("Ctrl-Z", "back to the shell, also in mid-answer; fg goes on"),
     ("Ctrl-R, Up", "search and walk through what was typed; a leading space keeps it out"),
     ("Ctrl-X Ctrl-E", "opens the draft in $VISUAL"),
     ("Tab", "completes commands, settings and file names"),
