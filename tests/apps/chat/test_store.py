@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from mlx_llama.prompts import Message
-from mlx_llama_apps.chat import export
+from mlx_llama_apps.chat import export, folders
 from mlx_llama_apps.chat.folders import find_chat, is_open, prune_caches, saved_chats
-from mlx_llama_apps.chat.store import ChatError, ChatFile, read_chat
+from mlx_llama_apps.chat.store import ChatError, ChatFile, SavedChat, read_chat
 
 TALK = [
     Message("system", "be brief"),
@@ -164,6 +164,27 @@ def test_chats_are_found_by_their_beginning(tmp_path: Path) -> None:
     assert find_chat(tmp_path, "last").id == "20260101-101010"
     with pytest.raises(ChatError, match="no chat is saved"):
         find_chat(tmp_path / "none", "last")
+
+
+@pytest.mark.parametrize("name", ["last", "20260103-101010", "20260103"])
+def test_chat_that_is_not_asked_for_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for day in (1, 2, 3):
+        file = begin(tmp_path)
+        file.sync(TALK)
+        file.close()
+        path = file.path.rename(tmp_path / f"2026010{day}-101010.jsonl")
+        os.utime(path, (day, day))
+    read: list[str] = []
+
+    def noted(path: Path) -> SavedChat:
+        read.append(path.stem)
+        return read_chat(path)
+
+    monkeypatch.setattr(folders, "read_chat", noted)
+    assert find_chat(tmp_path, name).id == "20260103-101010"
+    assert read == ["20260103-101010"]
 
 
 def test_oldest_caches_go_first(tmp_path: Path) -> None:

@@ -605,3 +605,37 @@ def test_stopped_job_goes_on_where_it_was(home: Path, chat_model: Path) -> None:
     terminal.expect("43 at the end")
     assert "-noflsh" in terminal.flat.rpartition("stty -a;")[2]
     terminal.child.close(force=True)
+
+
+def test_draft_of_a_message_with_a_slash_is_offered_as_it_is_typed(
+    home: Path, chat_model: Path, start: Start
+) -> None:
+    terminal = start(chat_model, "--max-tokens", 3)
+    terminal.enter("//stats is a word")
+    assert said(home)[0] == "/stats is a word"
+    terminal.send("/edit\r")
+    terminal.expect("> //stats is a word", times=2)
+    terminal.send(" too\r")
+    terminal.expect("peak", times=2)
+    terminal.prompt()
+    assert said(home)[::2] == ["/stats is a word too"]
+    assert terminal.leave() == 0
+
+
+def test_retry_of_a_fixed_seed_takes_others_and_the_next_question_the_fixed_one(
+    home: Path, chat_model: Path, start: Start
+) -> None:
+    from mlx_llama_apps.chat.store import read_chat
+
+    terminal = start(chat_model, "--max-tokens", 6, "--ignore-eos", "--seed", 7, "--temperature", 2)
+    answers = []
+    for wish in ("hello", "/retry", "/retry", "/undo", "hello"):
+        terminal.enter(wish)
+        if wish != "/undo":
+            answers.append(read_chat(saved(home)[0]).messages[-1])
+    assert [message.seed for message in answers] == [7, 8, 9, 7]
+    assert len({message.token_ids for message in answers}) == 3
+    assert answers[0] == answers[-1]
+    terminal.enter("world")
+    assert read_chat(saved(home)[0]).messages[-1].seed == 7
+    assert terminal.leave() == 0
