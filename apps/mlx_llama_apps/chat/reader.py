@@ -270,6 +270,7 @@ def _stoppable(on_stop: Callable[[], None], on_resume: Callable[[], None]) -> It
         signal.signal(number, signal.SIG_DFL)
         signal.pthread_kill(threading.get_ident(), number)  # stops here
         signal.signal(number, stop)
+        on_resume()  # where no shell could let it go on it has not stopped, and no SIGCONT comes
 
     def resume(number: int, frame: FrameType | None) -> None:
         del number, frame

@@ -607,6 +607,25 @@ def test_stopped_job_goes_on_where_it_was(home: Path, chat_model: Path) -> None:
     terminal.child.close(force=True)
 
 
+def test_ctrl_z_without_a_shell_stops_nothing(chat_model: Path, start: Start) -> None:
+    """A program that nothing could let go on is not stopped; its terminal was echoing since."""
+    terminal = start(chat_model, "--ignore-eos", "--context", "max")
+    terminal.send("hello\r")
+    terminal.until(lambda: len(terminal.raw.rpartition("\x1b[?2004l")[2]) > 100, "answer")
+    terminal.send("\x1a")
+    time.sleep(0.1)
+    terminal.send("a draft")
+    time.sleep(0.1)
+    terminal.interrupt()
+    terminal.expect("> a draft")
+    assert terminal.flat.count("a draft") == 1
+    terminal.send("\x15")
+    terminal.prompt()
+    terminal.send("\x1a")
+    terminal.enter("/stats")
+    assert terminal.leave() == 0
+
+
 def test_draft_of_a_message_with_a_slash_is_offered_as_it_is_typed(
     home: Path, chat_model: Path, start: Start
 ) -> None:
