@@ -115,6 +115,10 @@ class Talk:
         writing = None
         try:
             for step in steps:
+                if step.stats is not None:
+                    self.last = step.stats
+                self._measure()
+                yield step  # first: a disk may take longer than who stops an answer waits for it
                 if writing is None and step.token_id is not None:
                     # Not before: an answer that nothing takes the place of stays in the file.
                     self._seeds.add(seed)
@@ -122,10 +126,6 @@ class Talk:
                     writing = Writing(self._keeper, seed, begun)
                 if writing is not None:
                     writing.add(step)
-                if step.stats is not None:
-                    self.last = step.stats
-                self._measure()
-                yield step
         finally:
             self._measure()
             if writing is not None:

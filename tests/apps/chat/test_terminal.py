@@ -607,6 +607,34 @@ def test_stopped_job_goes_on_where_it_was(home: Path, chat_model: Path) -> None:
     terminal.child.close(force=True)
 
 
+def test_slow_disk_does_not_hide_the_first_token_of_a_retry(home: Path, chat_model: Path) -> None:
+    """Stopped while the disk was written to, it was said to be kept and was replaced."""
+    import sys
+
+    from terminal import CODE
+
+    slow = (
+        "import time; from mlx_llama_apps.chat import keeping as k; sync = k.Keeper.sync\n"
+        "def late(self, messages):\n"
+        "    time.sleep(0.4)\n"
+        "    sync(self, messages)\n"
+        "k.Keeper.sync = late\n" + CODE
+    )
+    argv = [sys.executable, "-c", slow, "chat", str(chat_model), "--max-tokens", "9"]
+    terminal = Terminal(home, argv=[*argv, "--ignore-eos", "--seed", "1", "--temperature", "2"])
+    terminal.prompt()
+    terminal.enter("hello")
+    before = said(home)
+    terminal.send("/retry\r")
+    time.sleep(0.2)
+    terminal.interrupt()
+    terminal.prompt()
+    terminal.enter("/stats")
+    terminal.expect("begin the history")
+    assert ("what was said before is kept" in terminal.flat) == (said(home) == before)
+    assert terminal.leave() == 0
+
+
 def test_ctrl_z_without_a_shell_stops_nothing(chat_model: Path, start: Start) -> None:
     """A program that nothing could let go on is not stopped; its terminal was echoing since."""
     terminal = start(chat_model, "--ignore-eos", "--context", "max")
