@@ -20,6 +20,11 @@ from mlx_llama.tokenizer import Tokenizer
 # Scores divided by less leave float32; the likeliest token is what so little asks for anyway.
 LEAST_TEMPERATURE = 1e-4
 
+# Of a probability, at most 1: its bits as an integer are fewer than 1 << 30.
+_HALF_BITS = 15
+# A probability of 1, exact in float32; below 1 << 32 by more than rounding adds to the sum.
+_UNITS = float((1 << 32) - (1 << 22))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilledOptions(GenerationOptions):
@@ -166,19 +171,46 @@ def keep_likeliest(logits: mx.array, *, top_k: int, top_p: float, min_p: float) 
     """Set all but the likeliest logits (V,) to minus infinity; the likeliest always stays.
 
     top_p keeps a token when the tokens before it hold at most that much probability, as
-    `sample_top_p` in meta-llama/llama-models does.
+    `sample_top_p` in meta-llama/llama-models does; equally likely ones stay or go together.
     """
     if 0 < top_k < logits.size:
         logits = mx.where(logits >= mx.min(mx.topk(logits, top_k)), logits, -math.inf)
     if top_p < 1.0:
-        probabilities = mx.softmax(logits)
-        falling = mx.sort(probabilities)[::-1]
-        before = mx.cumsum(falling) - falling
-        least = mx.min(mx.where(before <= top_p, falling, math.inf))
-        logits = mx.where(probabilities >= least, logits, -math.inf)
+        logits = mx.where(_in_nucleus(mx.softmax(logits), top_p), logits, -math.inf)
     if min_p > 0.0:
         logits = mx.where(logits >= mx.max(logits) + math.log(min_p), logits, -math.inf)
     return logits
+
+
+def _in_nucleus(probabilities: mx.array, top_p: float) -> mx.array:
+    """Return which probabilities (V,) float32 have at most top_p of the sum above them, unsorted.
+
+    A float's bits rise with its value: one histogram of the masses by the upper half of the bits
+    finds the bin that the least kept probability lies in, a second one by the lower half finds it
+    there to the last bit. Masses are whole numbers, so that no order of adding changes the sum;
+    rounding to them moves it by less than 2^-33 a token.
+    """
+    bits = mx.minimum(probabilities.view(mx.uint32), (1 << 2 * _HALF_BITS) - 1)
+    upper, lower = bits >> _HALF_BITS, bits & ((1 << _HALF_BITS) - 1)
+    masses = mx.round(probabilities * _UNITS).astype(mx.uint32)
+    most = (mx.sum(masses) * top_p).astype(mx.uint32)
+    bin_, above = _lowest_bin(upper, masses, most, mx.array(0, dtype=mx.uint32))
+    rest, _ = _lowest_bin(lower, mx.where(upper == bin_, masses, 0), most, above)
+    return bits >= (bin_ << _HALF_BITS) + rest
+
+
+def _lowest_bin(
+    bins: mx.array, masses: mx.array, most: mx.array, above: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Return the lowest bin that has at most `most` above it, and how much that is.
+
+    bins, masses: (V,) uint32. above: what lies above all of them.
+    """
+    histogram = mx.zeros(1 << _HALF_BITS, dtype=mx.uint32).at[bins].add(masses)
+    up_to = mx.cumsum(histogram)
+    over = up_to[-1] - up_to + above
+    found = mx.argmax(over <= most)
+    return found, over[found]
 
 
 def bias_by_token(texts: Mapping[str, float], tokenizer: Tokenizer) -> dict[int, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any, cast
@@ -71,6 +72,78 @@ def test_filters_keep_what_the_oracle_keeps(
     found = set(np.flatnonzero(np.isfinite(np.array(kept))).tolist())
     assert found == kept_by_oracle(values, top_k, top_p, min_p)
     assert int(np.argmax(values)) in found
+
+
+def masses_above(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each token's probability, and that of all that are likelier, in float64."""
+    values = logits.astype(np.float64)
+    p = np.exp(values - values.max())
+    p /= p.sum()
+    falling = np.sort(p)[::-1]
+    before = np.concatenate([[0.0], np.cumsum(falling)])
+    return p, before[np.searchsorted(-falling, -p, side="left")]
+
+
+def peaked(rng: np.random.Generator, size: int) -> np.ndarray:
+    return rng.standard_normal(size) + np.where(rng.random(size) < 3 / size, 20.0, 0.0)
+
+
+SHAPES = {
+    "random": lambda rng, size: rng.standard_normal(size) * rng.uniform(0.5, 8),
+    "peaked": peaked,
+    "one alone": lambda rng, size: np.where(np.arange(size) == size // 2, 200.0, 0.0),
+    "nearly flat": lambda rng, size: rng.standard_normal(size) * 1e-3,
+    "flat": lambda rng, size: np.full(size, 3.5),
+    "tied": lambda rng, size: rng.integers(0, 5, size).astype(float),
+    "tied in bfloat16": lambda rng, size: np.round(rng.standard_normal(size) * 16) / 8,
+    "falling for ever": lambda rng, size: -np.arange(size) * 0.01,
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=st.sampled_from(sorted(SHAPES)),
+    size=st.sampled_from([1, 2, 33, 1000, 32000, 128256]),
+    top_p=st.one_of(st.sampled_from([0.0, 0.25, 0.5, 0.9, 0.95, 0.999999]), st.floats(0, 0.9999)),
+    banned=st.sampled_from([0.0, 0.1, 0.9]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_top_p_keeps_what_sorting_keeps(
+    shape: str, size: int, top_p: float, banned: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    logits = SHAPES[shape](rng, size).astype(np.float32)
+    logits[(rng.random(size) < banned) & (np.arange(size) != rng.integers(size))] = -np.inf
+    kept = np.array(keep_likeliest(mx.array(logits), top_k=0, top_p=top_p, min_p=0.0))
+    is_kept, (p, above) = np.isfinite(kept), masses_above(logits)
+    np.testing.assert_array_equal(kept[is_kept], logits[is_kept])
+    # A sum within what rounding to whole masses adds up to may fall on either side of top_p, and
+    # in float32 such near neighbours are equals.
+    off = 1e-6 + size * 2.0**-33
+    is_open = (np.abs(above - top_p) < off) | (np.abs(p / p[is_kept].min() - 1) < 5e-7)
+    expected = (above <= top_p) & np.isfinite(logits)
+    np.testing.assert_array_equal(is_kept[~is_open], expected[~is_open])
+    assert is_kept[logits == logits.max()].all()
+    assert not is_kept[logits < logits[is_kept].min()].any(), "a less likely one stayed"
+    assert is_kept[logits == logits[is_kept].min()].all(), "of equals some went"
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.5, 0.9])
+def test_top_p_of_no_number_is_no_accident(top_p: float) -> None:
+    logits = mx.array([0.0, math.nan, 1.0] * 100)
+    assert keep_likeliest(logits, top_k=0, top_p=top_p, min_p=0.0).shape == (300,)
+
+
+def test_seeds_draw_what_they_drew_by_sorting() -> None:
+    rng = np.random.default_rng(5)
+    for seed in range(40):
+        logits = mx.array(rng.standard_normal(VOCAB).astype(np.float32) * 3)
+        allowed = kept_by_oracle(np.array(logits), 0, 0.8, 0.0)
+        by_sorting = mx.where(mx.array([t in allowed for t in range(VOCAB)]), logits, -math.inf)
+        key = mx.array([seed, 0], dtype=mx.uint32)
+        expected = cast(int, mx.random.categorical(by_sorting[None], key=key).item())
+        made = sampler(temperature=1.0, top_p=0.8, seed=seed)
+        assert draw(made, cast(list[float], logits.tolist())) == expected
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:
