@@ -5,8 +5,10 @@ Takes a checked `HfFile`, returns the tokenizer that Meta's own file gives.
 
 from __future__ import annotations
 
+import codecs
+from bisect import bisect
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from mlx_llama.tokenizer.bpe import PATTERN, BpeTokenizer, check_ranks
@@ -28,6 +30,9 @@ def byte_alphabet() -> list[str]:
     others = [value for value in range(256) if value not in printable]
     stand_in = {value: 256 + index for index, value in enumerate(others)}
     return [chr(stand_in.get(value, value)) for value in range(256)]
+
+
+_STAND_INS = codecs.charmap_build("".join(byte_alphabet()))
 
 
 def read_byte_level(path: Path, file: HfFile) -> BpeTokenizer:
@@ -67,25 +72,23 @@ def _check_steps(file: HfFile) -> None:
 
 
 def _ranks(vocab: Mapping[str, int]) -> dict[bytes, int]:
-    # Latin-1 then turns each character into its byte; what is no stand-in cannot be encoded.
-    table = dict.fromkeys(range(256), 0xFFFF)
-    table |= {ord(char): value for value, char in enumerate(byte_alphabet())}
-    ranks: dict[bytes, int] = {}
-    for token in sorted(vocab, key=vocab.__getitem__):
-        try:
-            ranks[token.translate(table).encode("latin-1")] = vocab[token]
-        except UnicodeEncodeError as error:
-            raise WrongFileError(
-                f"token {token!r:.40} is not written in the byte alphabet"
-            ) from error
-    return ranks
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    ends = list(accumulate(map(len, tokens), initial=0))
+    try:
+        # All at once: a character is a byte, so that what is cut here is cut there.
+        data, _ = codecs.charmap_encode("".join(tokens), "strict", _STAND_INS)
+    except UnicodeEncodeError as error:
+        wrong = tokens[bisect(ends, error.start) - 1]
+        raise WrongFileError(f"token {wrong!r:.40} is not written in the byte alphabet") from error
+    return {data[start:end]: rank for rank, (start, end) in enumerate(pairwise(ends))}
 
 
-def _check_merges(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
+def _check_merges(vocab: Mapping[str, int], merges: Sequence[str]) -> None:
     """Raise unless the merges say what tiktoken does: any pair that joins, lowest id first."""
-    results = [vocab.get(left + right, -1) for left, right in merges]
-    if -1 in results or any(later < earlier for earlier, later in pairwise(results)):
+    results = [vocab.get(merge.replace(" ", ""), -1) for merge in merges]
+    if -1 in results or results != sorted(results):
         raise WrongFileError("its merges do not follow the order of its ids, as Llama 3's do")
-    pairs, known = set(merges), set(vocab)
-    if not all(pairs.issuperset(splits(token, known)) for token in list(vocab)[::_SAMPLE_STEP]):
+    sample = list(vocab)[::_SAMPLE_STEP]
+    pairs = {f"{left} {right}" for token in sample for left, right in splits(token, vocab)}
+    if pairs.difference(merges):
         raise WrongFileError("its merges leave out pairs that Llama 3's list has")

@@ -33,8 +33,8 @@ def read_fallback(path: Path, file: HfFile) -> SentencePieceTokenizer:
     model = SpmModel(_pieces(file, ids))
     normal = {piece.text for piece in model.pieces if piece.type is PieceType.NORMAL}
     # Some files also list merges into `</s>` and the like, which no text ever reaches.
-    merges = {pair for pair in file.merges if "".join(pair) in normal}
-    if merges != set(merges_of(model)):
+    merges = {merge for merge in file.merges if merge.replace(" ", "") in normal}
+    if merges != {" ".join(pair) for pair in merges_of(model)}:
         raise WrongFileError("its merges are not all pairs of its tokens, as SentencePiece's are")
     return load_model(path, serialize_model(model, unk=UNK, bos=BOS, eos=EOS), model)
 
@@ -77,9 +77,9 @@ def _all_ids(file: HfFile) -> dict[str, int]:
 def _pieces(file: HfFile, ids: Mapping[str, int]) -> tuple[Piece, ...]:
     """Return the pieces by id; a piece that is merged earlier scores higher."""
     places: dict[str, int] = {}
-    for left, right in file.merges:
-        if (joint := left + right) not in ids:
-            raise WrongFileError(f"merge {(left, right)!r:.60} makes no token")
+    for merge in file.merges:
+        if (joint := merge.replace(" ", "")) not in ids:
+            raise WrongFileError(f"merge {merge!r:.60} makes no token")
         places.setdefault(joint, len(places))
     last = len(places)
     pieces = []

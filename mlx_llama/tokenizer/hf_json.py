@@ -6,8 +6,10 @@ Owns the checks of what is a stranger's JSON and the choice of the family. `hf_b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,12 @@ class WrongFileError(Exception):
 class HfFile:
     """The parts of a `tokenizer.json` that change tokens, their shapes checked.
 
-    vocab: ids by token. merges: pairs in order. added: ids of added tokens, which may be in the
-    vocabulary too. normalizer, pre_tokenizer: the steps in order, sequences flattened.
+    vocab: ids by token. merges: pairs "left right" in order. added: ids of added tokens, which may
+    be in the vocabulary too. normalizer, pre_tokenizer: the steps in order, sequences flattened.
     """
 
     vocab: Mapping[str, int]
-    merges: tuple[tuple[str, str], ...]
+    merges: Sequence[str]
     added: Mapping[str, int]
     normalizer: tuple[Mapping[str, Any], ...]
     pre_tokenizer: tuple[Mapping[str, Any], ...]
@@ -98,20 +100,34 @@ def _vocab(raw: object) -> dict[str, int]:
     return raw
 
 
-def _merges(raw: object) -> tuple[tuple[str, str], ...]:
-    """Return pairs from either form: "left right", or [left, right] as written since 2024."""
+def _merges(raw: object) -> list[str]:
+    """Return pairs as "left right", from that form or [left, right] as written since 2024.
+
+    A file has 280,000 of them, so that they are looked at by functions that run over the list.
+    """
     if not isinstance(raw, list):
         raise WrongFileError("no list of merges")
-    return tuple(_pair(merge) for merge in raw)
+    merges: list[str] = []
+    kinds = set(map(type, raw))
+    if kinds == {list} and set(map(len, raw)) == {2}:
+        with suppress(TypeError):
+            merges = list(map(" ".join, raw))
+    elif kinds == {str}:
+        merges = raw
+    # No token holds a space: byte-level and SentencePiece both write another character for it.
+    if len(merges) < len(raw) or not set(map(str.count, merges, repeat(" "))) <= {1}:
+        wrong = next((merge for merge in raw if not _is_pair(merge)), raw[0])
+        raise WrongFileError(f"merge {wrong!r:.60} is not a pair of tokens")
+    return merges
 
 
-def _pair(merge: object) -> tuple[str, str]:
+def _is_pair(merge: object) -> bool:
     parts = merge.split(" ") if isinstance(merge, str) else merge
-    if isinstance(parts, list) and len(parts) == 2:
-        left, right = parts
-        if isinstance(left, str) and isinstance(right, str):
-            return left, right
-    raise WrongFileError(f"merge {merge!r:.60} is not a pair of tokens")
+    return (
+        isinstance(parts, list)
+        and len(parts) == 2
+        and all(isinstance(part, str) and " " not in part for part in parts)
+    )
 
 
 def _added(raw: object) -> dict[str, int]:

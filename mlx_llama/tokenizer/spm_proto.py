@@ -9,7 +9,7 @@ Source: google/sentencepiece, src/sentencepiece_model.proto, for field numbers a
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -125,7 +125,7 @@ def merges_of(model: SpmModel) -> list[tuple[str, str]]:
     return pairs
 
 
-def splits(text: str, known: set[str]) -> list[tuple[str, str]]:
+def splits(text: str, known: Container[str]) -> list[tuple[str, str]]:
     """Return the ways to cut `text` into two known pieces."""
     return [
         (text[:at], text[at:])
