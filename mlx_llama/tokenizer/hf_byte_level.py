@@ -38,7 +38,9 @@ _STAND_INS = codecs.charmap_build("".join(byte_alphabet()))
 def read_byte_level(path: Path, file: HfFile) -> BpeTokenizer:
     """Return a Llama 3 tokenizer; WrongFileError unless it gives the file's own results."""
     _check_steps(file)
-    vocab = {token: i for token, i in file.vocab.items() if token not in file.added}
+    vocab = dict(file.vocab)
+    for token in file.added:
+        vocab.pop(token, None)
     check_ids_run(vocab, 0, "tokens")
     check_ids_run(file.added, len(vocab), "added tokens")
     for name in _NEEDED:
@@ -72,7 +74,9 @@ def _check_steps(file: HfFile) -> None:
 
 
 def _ranks(vocab: Mapping[str, int]) -> dict[bytes, int]:
-    tokens = sorted(vocab, key=vocab.__getitem__)
+    tokens = list(vocab)
+    if list(vocab.values()) != list(range(len(vocab))):
+        tokens.sort(key=vocab.__getitem__)
     ends = list(accumulate(map(len, tokens), initial=0))
     try:
         # All at once: a character is a byte, so that what is cut here is cut there.
