@@ -3,8 +3,8 @@
     python benchmarks/host.py MODEL [--tokens 48] [--rounds 3]
 
 The arithmetic runs on MLX's thread and the kernels', with one kernel thread here. The calling
-thread takes Python's time and that of making and queueing MLX's graph, while the step before computes.
-CPU times are read, not wall times: other programs on the machine leave the shares as they are.
+thread takes Python's time and that of making and queueing MLX's graph, while the step before
+computes. CPU times are read, not wall times: other programs leave the shares as they are.
 """
 
 from __future__ import annotations
