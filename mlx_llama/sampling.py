@@ -20,6 +20,8 @@ from mlx_llama.tokenizer import Tokenizer
 # Scores divided by less leave float32; the likeliest token is what so little asks for anyway.
 LEAST_TEMPERATURE = 1e-4
 
+# Up to so many tokens sorting takes less time than histograms of 1 << 15 bins.
+_FEW = 4096
 # Of a probability, at most 1: its bits as an integer are fewer than 1 << 30.
 _HALF_BITS = 15
 # A probability of 1, exact in float32; below 1 << 32 by more than rounding adds to the sum.
@@ -183,20 +185,37 @@ def keep_likeliest(logits: mx.array, *, top_k: int, top_p: float, min_p: float) 
 
 
 def _in_nucleus(probabilities: mx.array, top_p: float) -> mx.array:
-    """Return which probabilities (V,) float32 have at most top_p of the sum above them, unsorted.
+    """Return which probabilities (V,) float32 have at most top_p of the sum above them.
+
+    Masses are whole numbers, so that no order of adding changes the sum; rounding to them moves it
+    by less than 2^-33 a token. A large vocabulary is not sorted, see `_least_bits`.
+    """
+    masses = _masses(probabilities)
+    most = (mx.sum(masses) * top_p).astype(mx.uint32)
+    if probabilities.size > _FEW:
+        # NaN's bits are larger than any probability's.
+        bits = mx.minimum(probabilities.view(mx.uint32), (1 << 2 * _HALF_BITS) - 1)
+        return bits >= _least_bits(bits, masses, most)
+    falling = mx.sort(probabilities)[::-1]
+    masses = _masses(falling)
+    is_kept = mx.cumsum(masses) - masses <= most
+    return probabilities >= mx.min(mx.where(is_kept, falling, math.inf))
+
+
+def _masses(probabilities: mx.array) -> mx.array:
+    return mx.round(probabilities * _UNITS).astype(mx.uint32)
+
+
+def _least_bits(bits: mx.array, masses: mx.array, most: mx.array) -> mx.array:
+    """Return the least of the floats' bits (V,) that has at most `most` of the masses above it.
 
     A float's bits rise with its value: one histogram of the masses by the upper half of the bits
-    finds the bin that the least kept probability lies in, a second one by the lower half finds it
-    there to the last bit. Masses are whole numbers, so that no order of adding changes the sum;
-    rounding to them moves it by less than 2^-33 a token.
+    finds the bin that the least lies in, a second one by the lower half finds it there.
     """
-    bits = mx.minimum(probabilities.view(mx.uint32), (1 << 2 * _HALF_BITS) - 1)
     upper, lower = bits >> _HALF_BITS, bits & ((1 << _HALF_BITS) - 1)
-    masses = mx.round(probabilities * _UNITS).astype(mx.uint32)
-    most = (mx.sum(masses) * top_p).astype(mx.uint32)
     bin_, above = _lowest_bin(upper, masses, most, mx.array(0, dtype=mx.uint32))
     rest, _ = _lowest_bin(lower, mx.where(upper == bin_, masses, 0), most, above)
-    return bits >= (bin_ << _HALF_BITS) + rest
+    return (bin_ << _HALF_BITS) + rest
 
 
 def _lowest_bin(

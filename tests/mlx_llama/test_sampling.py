@@ -103,7 +103,7 @@ SHAPES = {
 @settings(max_examples=150, deadline=None)
 @given(
     shape=st.sampled_from(sorted(SHAPES)),
-    size=st.sampled_from([1, 2, 33, 1000, 32000, 128256]),
+    size=st.sampled_from([1, 2, 33, 1000, 4096, 4097, 32000, 128256]),
     top_p=st.one_of(st.sampled_from([0.0, 0.25, 0.5, 0.9, 0.95, 0.999999]), st.floats(0, 0.9999)),
     banned=st.sampled_from([0.0, 0.1, 0.9]),
     seed=st.integers(0, 1 << 30),
@@ -128,10 +128,25 @@ def test_top_p_keeps_what_sorting_keeps(
     assert is_kept[logits == logits[is_kept].min()].all(), "of equals some went"
 
 
-@pytest.mark.parametrize("top_p", [0.0, 0.5, 0.9])
-def test_top_p_of_no_number_is_no_accident(top_p: float) -> None:
-    logits = mx.array([0.0, math.nan, 1.0] * 100)
-    assert keep_likeliest(logits, top_k=0, top_p=top_p, min_p=0.0).shape == (300,)
+@pytest.mark.parametrize("size", [33, 1000, 4096])
+def test_histograms_keep_what_sorting_keeps_to_the_token(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(size)
+    for shape in sorted(SHAPES):
+        logits = mx.array(SHAPES[shape](rng, size).astype(np.float32))
+        for top_p in (0.0, 0.1, 0.5, 0.9, 0.9999):
+            kept = []
+            for few in (0, size):
+                monkeypatch.setattr("mlx_llama.sampling._FEW", few)
+                kept.append(np.array(keep_likeliest(logits, top_k=0, top_p=top_p, min_p=0.0)))
+            np.testing.assert_array_equal(*kept, err_msg=f"{shape}, {top_p}")
+
+
+@pytest.mark.parametrize("size", [300, 30000])
+def test_top_p_of_no_number_is_no_accident(size: int) -> None:
+    logits = mx.array([0.0, math.nan, 1.0] * (size // 3))
+    assert keep_likeliest(logits, top_k=0, top_p=0.9, min_p=0.0).shape == (size,)
 
 
 def test_seeds_draw_what_they_drew_by_sorting() -> None:
