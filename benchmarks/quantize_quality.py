@@ -30,7 +30,8 @@ HEADER = ("what", "bits a weight", "mean KLD", "of rtn", "same top", "PPL ratio"
 PEERS = {  # mlx-lm's modules and what of their arguments depends on us
     "awq": lambda g: ["--bits", g.bits[0], "--group-size", g.group_size, "--embed-bits", g.bits[0],
                       "--embed-group-size", g.group_size],
-    "gptq": lambda g: ["--bits", g.bits[0], "--group-size", g.group_size],
+    "gptq": lambda g: ["--bits", g.bits[0], "--group-size", g.group_size,
+                       "--fallback-bits", g.bits[0], "--fallback-group-size", g.group_size],
     "dynamic_quant": lambda g: ["--target-bpw", g.target_bpw or 4.5, "--low-bits", 3],
 }  # fmt: skip
 

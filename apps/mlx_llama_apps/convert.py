@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,9 @@ from mlx_llama.errors import OptionError
 from mlx_llama.options import ConvertOptions
 from mlx_llama_apps import paths
 from mlx_llama_apps.flags import ConvertFlags, given
-from mlx_llama_apps.progress import OnBytes, byte_bar, remark, shown
+from mlx_llama_apps.progress import OnBytes, Stages, byte_bar, remark
 from mlx_llama_apps.pull import fetch, listing_lines
-from mlx_llama_apps.terminal import StatusLine, size
+from mlx_llama_apps.terminal import size
 
 if TYPE_CHECKING:
     from mlx_llama_convert.plan import ConversionPlan
@@ -89,24 +89,34 @@ def convert(
 
 @dataclass(frozen=True, slots=True)
 class Care:
-    """What `quantize` does beyond converting, and where it shows how far it is.
+    """What `quantize` does beyond converting.
 
-    survey: what bits are chosen by, where a size was given.
+    survey: what bits are chosen by, where a size was given. stages: where it shows how far it is.
     """
 
     certificate: Request
     calibration: CalibrationRequest | None
     survey: SurveyRequest | None
-    status: StatusLine | None
+    stages: Stages | None
 
     @contextmanager
     def packing(self) -> Iterator[OnBytes | None]:
         """Yield a callback(done, total, name) for the weights' bytes."""
-        if self.status is None:
+        if self.stages is None:
             yield None
             return
-        show = shown(self.status, "packing")
+        show = self.stages.of("packing")
         yield lambda done, total, name: show(done, total)
+
+    @property
+    def work(self) -> list[str]:
+        """What takes time beside packing."""
+        stages = (
+            ("measuring", self.survey),
+            ("calibrating", self.calibration),
+            ("comparing", self.certificate.text),
+        )
+        return [what for what, asked in stages if asked is not None]
 
 
 def _calibration_bytes(source: SourceModel) -> int:
@@ -149,6 +159,8 @@ def build(
         assert care.survey is not None, "a budget is spent by measuring"
         plan = survey(budget, care.survey)
         if not quiet:
+            if care.stages is not None:
+                care.stages.hide()
             for line in chosen_lines(plan):
                 remark(line)
     if not dry_run:
@@ -173,7 +185,7 @@ def _announce(
         calibration_bytes=_calibration_bytes(source) if care and care.calibration else 0,
     )
     if dry_run or not quiet:
-        for line in [*plan_lines(plan, target), needs_line(needs)]:
+        for line in [*plan_lines(plan, target), needs_line(needs, care.work if care else ())]:
             print(line, file=sys.stdout if dry_run else sys.stderr)
     needs.check(target)
 
@@ -244,7 +256,11 @@ def _carry_out(
             on_progress=on_progress,
             on_note=None if quiet else remark,
         )
-    if not quiet:
+    if care is not None:
+        if care.stages is not None:
+            care.stages.hide()
+            remark(care.stages.summary())
+    elif not quiet:
         elapsed = max(monotonic() - started, 1e-9)
         rates = [size(int(count / elapsed)) for count in (plan.source_bytes, plan.output_bytes)]
         is_busy = process_time() - started_cpu > 0.7 * elapsed * thread_count()
@@ -260,13 +276,17 @@ def thread_count() -> int:
     return min(os.cpu_count() or 1, MAX_THREADS)
 
 
-def needs_line(needs: Needs) -> str:
-    """Say what the conversion takes and what the machine has."""
+def needs_line(needs: Needs, more: Sequence[str] = ()) -> str:
+    """Say what the conversion takes and what the machine has.
+
+    more: stages beside packing, which say themselves how long they will take.
+    """
     free = "" if needs.memory_found is None else f" ({size(needs.memory_found)} free)"
     seconds = f"{needs.seconds:.0f} s" if needs.seconds >= 1 else "a second"
+    besides = f" of packing, {' and '.join(more)} besides (each says how long)" if more else ""
     return (
         f"needs     {size(needs.memory)} of memory{free}, {size(needs.disk)} of disk "
-        f"({size(needs.disk_found)} free), about {seconds}"
+        f"({size(needs.disk_found)} free), about {seconds}{besides}"
     )
 
 

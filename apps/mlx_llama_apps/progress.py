@@ -10,6 +10,7 @@ from time import monotonic
 from mlx_llama_apps.terminal import StatusLine
 
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_OF_A_STAGE = 30.0  # between lines of what takes minutes
 
 OnBytes = Callable[[int, int, str], None]
 OnForget = Callable[[int], None]
@@ -88,8 +89,8 @@ def prefill_progress(status: StatusLine) -> Callable[[int, int], None]:
     return show
 
 
-def shown(status: StatusLine, what: str) -> Callable[[int, int], None]:
-    """Return what shows how far it is and how long it will take."""
+def shown(say: Callable[[str], None], what: str) -> Callable[[int, int], None]:
+    """Return what says how far it is and how long it will take."""
     started, first = monotonic(), None
 
     def show(done: int, total: int) -> None:
@@ -99,9 +100,53 @@ def shown(status: StatusLine, what: str) -> Callable[[int, int], None]:
         if done > first:
             left_s = (monotonic() - started) / (done - first) * (total - done)
             line += f", {duration(left_s)} left"
-        status.show(line)
+        say(line)
 
     return show
+
+
+class Stages:
+    """The parts of a long work: where each of them is, and how long it took.
+
+    On a terminal that is a line of status, elsewhere a line when a stage begins and one now and
+    then. Time between two reports belongs to the later one, which says what has been done.
+    """
+
+    def __init__(self, status: StatusLine) -> None:
+        self._status, self._shows_lines = status, not sys.stderr.isatty()
+        self._started = self._last = monotonic()
+        self._line_due = 0.0
+        self.seconds: dict[str, float] = {}
+
+    def of(self, what: str) -> Callable[[int, int], None]:
+        """Return a callback(done, total) for one stage."""
+        show = shown(self._say, what)
+
+        def report(done: int, total: int) -> None:
+            now = monotonic()
+            if what not in self.seconds:
+                self._line_due = now
+            self.seconds[what] = self.seconds.get(what, 0.0) + now - self._last
+            self._last = now
+            show(done, total)
+
+        return report
+
+    def summary(self) -> str:
+        """Say how long all of it took, and its stages."""
+        stages = ", ".join(f"{what} {taken:.1f} s" for what, taken in self.seconds.items())
+        return f"done in {monotonic() - self._started:.1f} s" + (f": {stages}" if stages else "")
+
+    def hide(self) -> None:
+        """Clear the line of status until a stage goes on."""
+        self._status.hide()
+
+    def _say(self, line: str) -> None:
+        if not self._shows_lines:
+            self._status.show(line)
+        elif monotonic() >= self._line_due:
+            self._line_due = monotonic() + SECONDS_OF_A_STAGE
+            remark(line)
 
 
 def duration(seconds: float) -> str:

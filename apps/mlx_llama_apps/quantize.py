@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +12,7 @@ from mlx_llama.options import ConvertOptions
 from mlx_llama_apps import paths
 from mlx_llama_apps.convert import Care, bits_name, build, open_named, refuse_target
 from mlx_llama_apps.flags import QuantizeFlags, given
-from mlx_llama_apps.progress import shown
+from mlx_llama_apps.progress import Stages
 from mlx_llama_apps.terminal import StatusLine
 
 if TYPE_CHECKING:
@@ -87,19 +86,18 @@ def quantize(
     if opened is None:
         return
     with StatusLine(after_s=0.3) as status:
-
-        def progress(what: str) -> Callable[[int, int], None] | None:
-            return None if quiet else shown(status, what)
-
+        stages = None if quiet else Stages(status)
         cache = paths.cache_folder()
         is_calibrated = options.method in calibrated_methods()
         care = Care(
-            Request(read, cache / "certificates", progress("comparing")),
-            CalibrationRequest(words, cache / "calibrations", progress("calibrating"))
+            Request(read, cache / "certificates", stages and stages.of("comparing")),
+            CalibrationRequest(words, cache / "calibrations", stages and stages.of("calibrating"))
             if words and is_calibrated
             else None,
-            words and SurveyRequest(words, cache / "sensitivities", progress("measuring")),
-            None if quiet else status,
+            SurveyRequest(words, cache / "sensitivities", stages and stages.of("measuring"))
+            if words and options.target_bpw is not None
+            else None,
+            stages,
         )
         build(opened, options, target, dry_run=dry_run, force=force, quiet=quiet, care=care)
 

@@ -94,8 +94,12 @@ class StatusLine:
 
     def close(self) -> None:
         """Clear the line for good."""
+        self._is_over = True
+        self.hide()
+
+    def hide(self) -> None:
+        """Clear the line until it is shown again, before something else is printed."""
         with self._lock:
-            self._is_over = True
             if self._is_shown:
                 self._is_shown = False
                 sys.stderr.write(_CLEAR_LINE)

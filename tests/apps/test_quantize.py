@@ -15,10 +15,12 @@ import pytest
 
 from mlx_llama import load
 from mlx_llama.errors import CheckpointError
+from mlx_llama.weights import hf_module
 from mlx_llama_apps.main import main
 from mlx_llama_convert import conversion
 from mlx_llama_quantize.comparison import Comparison
 from mlx_llama_quantize.texts import CALIBRATION, CERTIFICATE, read_text, shipped
+from mlx_llama_quantize.variants import VariantWalk
 from shared_data import shared
 from tiny_models import write_meta
 
@@ -225,6 +227,112 @@ def test_calibration_loses_less_than_rounding(tmp_path: Path, home: Path) -> Non
     assert found["awq+gptq"] < 0.9 * found["rtn"]
     assert manifest["calibration"]["name"] == CALIBRATION
     assert list((home / "cache" / "calibrations").iterdir()) == []
+
+
+# --- a size -----------------------------------------------------------------------------------
+
+
+def test_a_size_is_kept_and_explained(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    text = str(tmp_path / "text.txt")
+    asked = ["--target-bpw", "4.5", "--calibration", text, "--text", text]
+    out = tmp_path / "out"
+    assert main(["quantize", str(source), "-o", str(out), *asked]) == 0
+    printed = capsys.readouterr().err
+    assert "bits and group of each are chosen by what it costs" in printed
+    assert re.search(r"about .+ of packing, measuring and comparing besides", printed)
+    for stage in ("measuring", "packing", "comparing"):  # nobody watches: a line for each
+        assert len(re.findall(rf"^{stage}: \d+ %", printed, re.MULTILINE)) == 1
+    assert re.search(r"^chosen    \d+ × \d bits", printed, re.MULTILINE)
+    end = r"^done in [\d.]+ s: measuring [\d.]+ s, packing [\d.]+ s, comparing [\d.]+ s$"
+    assert re.search(end, printed, re.MULTILINE)
+    assert "limited by" not in printed
+
+    manifest = json.loads((out / "manifest.json").read_text())
+    stored = sum(array.nbytes for array in arrays(out).values())
+    assert 4 < 8 * stored / manifest["parameters"] <= 4.5
+    assert manifest["weight_bytes"] == stored
+    found = manifest["sensitivities"]
+    assert found["target_bits_per_weight"] == 4.5
+    assert len(found["tensors"]) == 16
+    assert all(len(each["measured"]) == 2 for each in found["tensors"])
+    assert found["expected_kld"] == pytest.approx(
+        sum(each["expected_kld"] for each in found["tensors"])
+    )
+    entry = json.loads((out / "config.json").read_text())["quantization"]
+    for each in found["tensors"]:
+        own = entry.get(hf_module(each["tensor"]), entry)
+        assert each["chosen"] == f"{own['bits']} bits, group {own['group_size']}"
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "## How bits were chosen" in card
+    assert re.search(r"\| layers\.1\.feed_forward\.w2\.weight \| [\d.e-]+ \| [\d.e-]+ \| ", card)
+    assert "![What packing costs](sensitivities.svg)" in card
+    assert "Not compared with the source" not in card
+    assert ElementTree.parse(out / "sensitivities.svg").getroot().tag.endswith("svg")
+    assert np.isfinite(np.array(load(out).logits([1, 5, 9]))).all()
+
+    def unwanted(*given: Any) -> None:
+        raise AssertionError(f"measured again: {given}")
+
+    monkeypatch.setattr(VariantWalk, "run", unwanted)
+    again = ["quantize", str(source), "-o", str(tmp_path / "again"), *asked]
+    assert main(again) == 0
+    assert "done in" in (printed := capsys.readouterr().err)
+    assert not re.search(r"^measuring: ", printed, re.MULTILINE)
+    smaller = ["quantize", str(source), "-o", str(tmp_path / "less"), "--target-bpw", "4"]
+    assert main([*smaller, "--calibration", text, "--no-report"]) == 0
+    less = sum(array.nbytes for array in arrays(tmp_path / "less").values())
+    assert less < stored
+    assert main(["verify", str(tmp_path / "less")]) == 0
+
+
+def test_a_size_is_planned_without_measuring(
+    source: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(source, tmp_path / "out", "--target-bpw", "4.5", "--dry-run") == 0
+    assert "at most, 4.5 bits per weight" in capsys.readouterr().out
+    assert not list(home.rglob("sensitivities"))
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        (["--target-bpw", "2"], "are the fewest"),
+        (["--target-bpw", "1.5"], "expected from 2.0 to 16.0"),
+        (["--target-bpw", "12"], "are the most that there is to choose"),
+        (["--target-bpw", "4", "--bits", "4"], "--bits: --target-bpw chooses it"),
+        (["--target-bpw", "4", "--mode", "mxfp4"], "--mode: --target-bpw chooses it"),
+        (["--target-bpw", "0"], "--target-bpw"),
+        (["--target-bpw", "nan"], "--target-bpw"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: list[str], text: str
+) -> None:
+    assert quantize(source, tmp_path / "out", *asked) == 2
+    assert text in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("size", [["--bits", "4"], ["--target-bpw", "5"]])
+def test_auto_learns_and_loads(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: list[str]
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT * 4, encoding="utf-8")
+    out = tmp_path / "out"
+    asked = [*size, "--method", "auto", "--calibration", str(tmp_path / "text.txt")]
+    assert quantize(source, out, *asked) == 0
+    printed = capsys.readouterr().err
+    assert len(re.findall(r"^calibrating: \d+ %", printed, re.MULTILINE)) == 1
+    assert re.search(r"^done in [\d.]+ s: .*calibrating [\d.]+ s, packing", printed, re.MULTILINE)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["method"] == "auto"
+    assert manifest["calibration"]["name"] == "text.txt"
+    assert manifest["bits_per_weight"] <= (5.1 if "--bits" in size else 5)  # float32 scales
+    assert np.isfinite(np.array(load(out).logits([1, 5, 9]))).all()
 
 
 def test_shipped_texts_share_no_line() -> None:

@@ -216,7 +216,7 @@ def _random_model(shape: str, bits: int, status: StatusLine) -> Iterator[Path]:
 
     with _work_folder() as work:
         config = with_bits(shape_named(shape), bits)
-        progress = shown(status, f"making random weights in the shape of {shape}")
+        progress = shown(status.show, f"making random weights in the shape of {shape}")
         yield write_random_model(work / f"{shape.lower()}-{bits}bit", config, progress)
 
 
@@ -279,7 +279,7 @@ def _peer_model(directory: ModelDirectory, rival: _Rival, status: StatusLine) ->
         from mlx_llama_apps.bench.gguf import write_gguf
 
         with _work_folder() as work:
-            progress = shown(status, "writing the same weights as GGUF")
+            progress = shown(status.show, "writing the same weights as GGUF")
             yield write_gguf(directory, work / "model.gguf", progress)
 
 

@@ -190,7 +190,7 @@ def _costs(directories: Pair, dtype: str | None, status: StatusLine) -> tuple[Co
 def _scores(comparison: Comparison, status: StatusLine) -> Any:
     """Score the text on the inference thread; Ctrl-C ends the wait at once."""
     with Inference(lambda: comparison) as inference:
-        progress = shown(status, "comparing")
+        progress = shown(status.show, "comparing")
         return inference.call(lambda state: state.run(on_progress=progress))
 
 
@@ -203,7 +203,7 @@ def _accuracy(
     from mlx_llama import load
     from mlx_llama_quantize.questions import answer_questions, summarize_answers
 
-    progress = shown(status, "asking")
+    progress = shown(status.show, "asking")
     done = 0
 
     def on_question() -> None:
