@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_llama import ops
 from mlx_llama.config import ModelConfig, QuantFormat
 from mlx_llama.errors import CheckpointError
-from mlx_llama.linear import Dense, Matrix, Packed, stack_rows
+from mlx_llama.linear import Dense, Matrix, Packed, Stack, stack_rows
 from mlx_llama.model import Block, LlamaModel
 
 EMBEDDING = "tok_embeddings.weight"
@@ -188,32 +188,51 @@ def build_ends(
 
 
 def build_blocks(
-    config: ModelConfig, arrays: MutableMapping[str, mx.array], *, dtype: mx.Dtype
+    config: ModelConfig,
+    arrays: MutableMapping[str, mx.array],
+    *,
+    dtype: mx.Dtype,
+    is_joined: bool = True,
 ) -> Iterator[Block]:
     """Yield the blocks in order, evaluated.
 
     One at a time: joining rows holds both forms of what is evaluated together. Who keeps none
-    needs the memory of one.
+    needs the memory of one, and with is_joined=False of no second form.
     """
     reader = _ArrayReader(config, arrays, dtype)
     for index in range(config.n_layers):
-        block = _build_block(reader, index)
+        block = _build_block(reader, index, join=_joined if is_joined else _beside)
         mx.eval(block.arrays())
         yield block
         del block  # or it would stay while the next one is made
 
 
-def _build_block(reader: _ArrayReader, index: int) -> Block:
-    def matrices(*names: str) -> Iterable[Matrix]:
-        return (reader.matrix(f"layers.{index}.{name}.weight") for name in names)
+def _joined(parts: Iterable[Matrix]) -> Matrix:
+    return stack_rows([*parts])
+
+
+def _beside(parts: Iterable[Matrix]) -> Matrix:
+    """Put matrices of one input side by side, each evaluated before the next is read."""
+    found: list[Matrix] = []
+    for part in parts:
+        mx.eval(part.arrays())
+        found.append(part)
+    return found[0] if len(found) == 1 else Stack(tuple(found))
+
+
+def _build_block(
+    reader: _ArrayReader, index: int, join: Callable[[Iterable[Matrix]], Matrix]
+) -> Block:
+    def matrices(*names: str) -> Matrix:
+        return join(reader.matrix(f"layers.{index}.{name}.weight") for name in names)
 
     return Block(
         attention_norm=reader.vector(f"layers.{index}.attention_norm.weight"),
-        wqkv=stack_rows([*matrices("attention.wq", "attention.wk", "attention.wv")]),
-        wo=stack_rows([*matrices("attention.wo")]),
+        wqkv=matrices("attention.wq", "attention.wk", "attention.wv"),
+        wo=matrices("attention.wo"),
         ffn_norm=reader.vector(f"layers.{index}.ffn_norm.weight"),
-        w13=stack_rows([*matrices("feed_forward.w1", "feed_forward.w3")]),
-        w2=stack_rows([*matrices("feed_forward.w2")]),
+        w13=matrices("feed_forward.w1", "feed_forward.w3"),
+        w2=matrices("feed_forward.w2"),
     )
 
 

@@ -119,12 +119,6 @@ class Care:
         return [what for what, asked in stages if asked is not None]
 
 
-def _calibration_bytes(source: SourceModel) -> int:
-    from mlx_llama_quantize.calibration import calibration_bytes
-
-    return calibration_bytes(source.weights)
-
-
 def refuse_target(target: Path, *, force: bool) -> None:
     """Refuse an output that could not be written, before anything is read."""
     from mlx_llama_convert.output import check_target
@@ -172,17 +166,21 @@ def _announce(
     plan: ConversionPlan, target: Path, *, dry_run: bool, quiet: bool, care: Care | None
 ) -> None:
     """Show the plan and what it needs, and refuse a machine on which it cannot work."""
-    from mlx_llama_convert.resources import needs_of
+    from mlx_llama_convert.resources import needs_of, stage_bytes
 
-    source, options = plan.source, plan.options
     needs = needs_of(
         weights=plan.config.parameter_count,
         output_bytes=plan.output_bytes,
         form=plan.config.quantization,
         target=target,
         n_threads=thread_count(),
-        method=options.method,
-        calibration_bytes=_calibration_bytes(source) if care and care.calibration else 0,
+        method=plan.options.method,
+        stage_bytes=stage_bytes(
+            plan,
+            is_surveyed=care is not None and care.survey is not None,
+            is_calibrated=care is not None and care.calibration is not None,
+            is_compared=care is not None and care.certificate.text is not None,
+        ),
     )
     if dry_run or not quiet:
         for line in [*plan_lines(plan, target), needs_line(needs, care.work if care else ())]:

@@ -9,10 +9,17 @@ from time import perf_counter
 
 import mlx.core as mx
 
+from mlx_llama import ops
 from mlx_llama.config import QuantFormat
 from mlx_llama.errors import OutputError
 from mlx_llama.memory import available_memory
+from mlx_llama.safetensors_writer import entry_nbytes
+from mlx_llama_convert.plan import ConversionPlan
+from mlx_llama_quantize import packed_entries
+from mlx_llama_quantize.calibration import calibration_bytes
+from mlx_llama_quantize.certificate import certificate_bytes
 from mlx_llama_quantize.packing import BLOCK_BYTES, pack_matrix
+from mlx_llama_quantize.sensitivity import survey_bytes
 
 PROGRAM_BYTES = 200_000_000  # Python, MLX and a tokenizer
 # A block as read, as float32 inside MLX, and packed; as many blocks wait as there are threads.
@@ -54,19 +61,48 @@ def needs_of(
     target: Path,
     n_threads: int,
     method: str = "rtn",
-    calibration_bytes: int = 0,
+    stage_bytes: int = 0,
 ) -> Needs:
     """Work out what writing `output_bytes` of so many weights takes; packs a sample to time it.
 
-    calibration_bytes: memory of a calibration, which is not timed.
+    stage_bytes: memory of the largest stage beside packing; those are not timed.
     """
     return Needs(
-        memory=PROGRAM_BYTES + max(calibration_bytes, (2 * n_threads + 2) * BYTES_PER_BLOCK),
+        memory=PROGRAM_BYTES + max(stage_bytes, (2 * n_threads + 2) * BYTES_PER_BLOCK),
         memory_found=available_memory(),
         disk=disk_bytes(output_bytes),
         disk_found=shutil.disk_usage(_existing(target)).free,
         seconds=weights * _seconds_per_weight(form, method) / n_threads,
     )
+
+
+def stage_bytes(
+    plan: ConversionPlan, *, is_surveyed: bool, is_calibrated: bool, is_compared: bool
+) -> int:
+    """Return what the largest of a plan's stages takes at most beside packing, bytes."""
+    found = [0]
+    if is_surveyed:
+        found.append(survey_bytes(plan.config))
+    if is_calibrated:
+        found.append(calibration_bytes(plan.source.weights, plan.options.method))
+    if is_compared:
+        dtype = ops.compute_dtype(plan.config.dtype, is_quantized=True, asked=None)
+        loaded = plan.config.parameter_count * dtype.size
+        found.append(certificate_bytes(plan.config, loaded, _loaded_bytes(plan, dtype)))
+    return max(found)
+
+
+def _loaded_bytes(plan: ConversionPlan, dtype: mx.Dtype) -> int:
+    """Return what the result takes in memory, scales and dense tensors in a dtype."""
+    if plan.is_open:  # scale and bias take a bit more of each weight, in groups of 32
+        return int(((plan.options.target_bpw or 0) + 1) * plan.config.parameter_count / 8)
+    name, weights = str(dtype).removeprefix("mlx.core."), plan.source.weights
+    entries = (
+        entry
+        for tensor, form in plan.forms.items()
+        for entry in packed_entries(tensor, weights.shape(tensor), name, form)
+    )
+    return sum(entry_nbytes(entry) for entry in entries)
 
 
 def disk_bytes(output_bytes: int) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,17 +19,20 @@ import numpy as np
 
 from mlx_llama import ops
 from mlx_llama.config import QuantFormat
-from mlx_llama.errors import CheckpointError, OptionError
-from mlx_llama.linear import Dense, Matrix, Packed, stack_rows
+from mlx_llama.errors import OptionError
+from mlx_llama.linear import Dense, Matrix, Packed, Stack
 from mlx_llama.model import Block, LlamaModel
 from mlx_llama.ops import DTYPES
 from mlx_llama.safetensors_reader import open_safetensors
 from mlx_llama.tokenizer import Tokenizer
 from mlx_llama.weights import EMBEDDING, NORM, OUTPUT, WeightSource, hf_module
 from mlx_llama_quantize import awq, gptq
-from mlx_llama_quantize.packing import PARTS, pack_matrix, unpacked
-from mlx_llama_quantize.products import for_texts, second_moments
+from mlx_llama_quantize.auto import coded
+from mlx_llama_quantize.inputs import Input, Watched
+from mlx_llama_quantize.packing import PARTS, pack_matrix
+from mlx_llama_quantize.products import SLAB, for_texts
 from mlx_llama_quantize.texts import Text
+from mlx_llama_quantize.walk_record import WalkRecord
 from mlx_llama_quantize.walking import embedded, layer_arithmetic
 
 CONTEXT = 512  # tokens of a window
@@ -40,50 +42,6 @@ FOLDED, CODED = ("awq", "awq+gptq", "auto"), ("gptq", "awq+gptq", "auto")  # met
 METHODS = ("gptq", "awq", "awq+gptq", "auto")
 
 OnProgress = Callable[[int, int], None]  # blocks times windows done, and in all
-
-
-@dataclass(slots=True)
-class _Input:
-    """What is known of what matrices read. hessian: sum of the outer products, (in, in) float32.
-
-    held: of windows that are kept back, (1, L, in) each, while `is_holding`.
-    """
-
-    hessian: mx.array | None = None
-    held: list[mx.array] = field(default_factory=list)
-    is_holding: bool = False
-
-    def add(self, x: mx.array) -> None:
-        if self.is_holding:
-            self.held.append(x.astype(mx.float32))
-            mx.eval(self.held)
-            return
-        product = second_moments(x)
-        self.hessian = product if self.hessian is None else self.hessian + product
-        mx.eval(self.hessian)
-
-    @property
-    def array(self) -> np.ndarray:
-        assert self.hessian is not None, "every input is read by a walk"
-        return np.array(self.hessian)
-
-
-@dataclass(frozen=True, slots=True)
-class _Watched:
-    """A matrix that remembers what it multiplies."""
-
-    matrix: Matrix
-    input: _Input
-
-    def __call__(self, x: mx.array) -> mx.array:
-        self.input.add(x)
-        return self.matrix(x)
-
-    def rows(self, ids: mx.array) -> mx.array:
-        return self.matrix.rows(ids)
-
-    def arrays(self) -> list[mx.array]:
-        return self.matrix.arrays()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +91,8 @@ class Calibration:
 
     def run(self, *, on_progress: OnProgress | None = None) -> Calibrated:
         """Walk through all blocks; what was written down before is kept."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         windows, config = self.windows, self.source.config
-        done, states = self._resumed(len(windows))
+        done, states, self._scales = self._record.resumed(config.n_layers, len(windows))
         total, passed = config.n_layers * len(windows), done * len(windows)
         model = layer_arithmetic(self.source)
         if done == 0:
@@ -148,10 +105,10 @@ class Calibration:
                 on_progress(passed, total)
 
         for index in range(done, config.n_layers):
-            states = self._block(model, index, states, on_window)
-            self._keep(index, states)
+            self._block(model, index, states, on_window)
+            self._record.keep(index, states, self._scales)
         ready = {
-            name: self.folder / f"block-{name.split('.')[1]}.safetensors"
+            name: self._record.path(f"block-{name.split('.')[1]}")
             for name, form in self.forms.items()
             if self.method in CODED and form and name.startswith("layers.")
         }
@@ -162,7 +119,11 @@ class Calibration:
 
     def forget(self) -> None:
         """Remove what was written down."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._record.forget()
+
+    @property
+    def _record(self) -> WalkRecord:
+        return WalkRecord(self.folder)
 
     # --- one block ---
 
@@ -172,26 +133,16 @@ class Calibration:
         index: int,
         states: list[mx.array],
         on_window: Callable[[], None],
-    ) -> list[mx.array]:
-        inputs = {place: _Input() for place in awq.READERS}
-        dense = {
-            name: Dense(self.source.read(name).astype(mx.float32)) for name in self._names(index)
-        }
-        watched = self._assemble(self.source, index, dense, inputs)
-        n_learned = len(states) - self._n_held(len(states))
-        for number, state in enumerate(states):
-            for found in inputs.values():
-                found.is_holding = number >= n_learned
-            mx.eval(model.through(watched, state))
-            on_window()
-        del watched, dense
-        hessians = {place: found.array for place, found in inputs.items()}
+    ) -> None:
+        """Pack a block by what it reads; states become those behind it."""
+        inputs = self._read_by(model, index, states, on_window)
+        hessians = {place: found.moments.taken() for place, found in inputs.items()}
         if self.method in FOLDED:
             self._fold(index, hessians)
         weights = awq.FoldedWeights(self.source, self._scales)
-        held = {place: self._held(index, place, found.held) for place, found in inputs.items()}
-        del inputs
+        held = {p: found.rows(self._scales.get(f"{index}.{p}")) for p, found in inputs.items()}
         packed = self._pack(weights, index, hessians, held)
+        del hessians, held
         if self.method in CODED:
             arrays = {
                 f"{hf_module(name)}.{part}": array
@@ -199,23 +150,38 @@ class Calibration:
                 if self.forms[name]
                 for part, array in parts.items()
             }
-            self._save(f"block-{index}", arrays)
+            self._record.save(f"block-{index}", arrays)
         matrices = {name: self._matrix(name, parts) for name, parts in packed.items()}
         after = self._assemble(weights, index, matrices, None)
-        states = [model.through(after, state) for state in states]
-        mx.eval(states)
-        return states
+        for number, state in enumerate(states):
+            states[number] = model.through(after, state)
+            mx.eval(states[number])
+
+    def _read_by(
+        self,
+        model: LlamaModel,
+        index: int,
+        states: Sequence[mx.array],
+        on_window: Callable[[], None],
+    ) -> dict[str, Input]:
+        """Take the states through a block as it is, and return what its matrices read."""
+        inputs = {place: Input() for place in awq.READERS}
+        dense: dict[str, Matrix] = {}
+        for name in self._names(index):
+            values = self.source.read(name).astype(mx.float32)
+            mx.eval(values)
+            dense[name] = Dense(values)
+        watched = self._assemble(self.source, index, dense, inputs)
+        n_learned = len(states) - self._n_held(len(states))
+        for number, state in enumerate(states):
+            for found in inputs.values():
+                found.is_holding = number >= n_learned
+            mx.eval(model.through(watched, state))
+            on_window()
+        return inputs
 
     def _n_held(self, n_windows: int) -> int:
         return min(HELD, n_windows // 8) if self.method == "auto" else 0
-
-    def _held(self, index: int, place: str, states: list[mx.array]) -> mx.array | None:
-        """Return what was kept back of an input as the scaled matrices read it, (n, in)."""
-        if not states:
-            return None
-        rows = mx.concatenate(states, axis=1)[0]
-        scales = self._scales.get(f"{index}.{place}")
-        return rows if scales is None else rows / mx.array(scales)
 
     def _fold(self, index: int, hessians: dict[str, np.ndarray]) -> None:
         """Find the block's scales; the Hessians become those of the scaled inputs."""
@@ -242,12 +208,13 @@ class Calibration:
         self,
         weights: WeightSource,
         index: int,
-        hessians: Mapping[str, np.ndarray],
+        hessians: dict[str, np.ndarray],
         held: Mapping[str, mx.array | None],
     ) -> dict[str, dict[str, mx.array]]:
         packed: dict[str, dict[str, mx.array]] = {}
         for place, readers in awq.READERS.items():
             factors: dict[int, gptq.Factor] = {}
+            hessian = hessians.pop(place)
             for reader in readers:
                 name = f"layers.{index}.{reader}.weight"
                 values, form = self._cast(name, weights.read(name)), self.forms[name]
@@ -256,8 +223,8 @@ class Calibration:
                 elif self.method in CODED and form.mode == "affine":
                     if form.group_size not in factors:
                         size = form.group_size
-                        factors[size] = gptq.factorize(hessians[place], size)
-                    packed[name] = _coded(values, form, factors[form.group_size], held[place])
+                        factors[size] = gptq.factorize(hessian, size)
+                    packed[name] = coded(values, form, factors[form.group_size], held[place])
                 else:
                     packed[name] = pack_matrix(values, form, "mse")
         return packed
@@ -267,12 +234,13 @@ class Calibration:
         weights: WeightSource,
         index: int,
         matrices: Mapping[str, Matrix],
-        inputs: Mapping[str, _Input] | None,
+        inputs: Mapping[str, Input] | None,
     ) -> Block:
         def stacked(place: str) -> Matrix:
+            # Not joined, so that there is one copy of each.
             parts = [matrices[f"layers.{index}.{r}.weight"] for r in awq.READERS[place]]
-            matrix = for_texts(stack_rows(parts))
-            return matrix if inputs is None else _Watched(matrix, inputs[place])
+            matrix = for_texts(parts[0] if len(parts) == 1 else Stack(tuple(parts)))
+            return matrix if inputs is None else Watched(matrix, inputs[place])
 
         def norm(name: str) -> mx.array:
             return weights.read(f"layers.{index}.{name}.weight").astype(mx.float32)
@@ -311,26 +279,25 @@ class Calibration:
 
     def _head(self, name: str, form: QuantFormat, states: Sequence[mx.array]) -> Path:
         """Pack the output by what it reads, some rows at a time; a tied embedding is one."""
-        path = self.folder / "head.safetensors"
+        path = self._record.path("head")
         if path.is_file():
             return path
-        read, norm = _Input(), self.source.read(NORM).astype(mx.float32)
+        read, norm = Input(), self.source.read(NORM).astype(mx.float32)
         n_learned = len(states) - self._n_held(len(states))
         for number, state in enumerate(states):
             read.is_holding = number >= n_learned
             read.add(ops.rms_norm(state, norm, self.source.config.norm_eps))
-        factor = gptq.factorize(read.array, form.group_size)
-        held = mx.concatenate(read.held, axis=1)[0] if read.held else None
+        factor, held = gptq.factorize(read.moments.taken(), form.group_size), read.rows()
         n_rows = self.source.shape(name)[0]
         pieces = [
-            _coded(self._cast(name, self.source.read(name, rows)), form, factor, held)
+            coded(self._cast(name, self.source.read(name, rows)), form, factor, held)
             for rows in (
                 slice(start, min(start + gptq.ROWS, n_rows))
                 for start in range(0, n_rows, gptq.ROWS)
             )
         ]
         module = hf_module(name)
-        self._save(
+        self._record.save(
             "head", {f"{module}.{p}": mx.concatenate([piece[p] for piece in pieces]) for p in PARTS}
         )
         return path
@@ -348,62 +315,6 @@ class Calibration:
 
         return embedded(self.source, windows, change)
 
-    # --- going on where it stopped ---
-
-    def _keep(self, index: int, states: Sequence[mx.array]) -> None:
-        """Write down where the walk is: the states behind a block, and all scales so far."""
-        arrays = {f"state.{number}": state for number, state in enumerate(states)}
-        arrays |= {f"scales.{name}": mx.array(scales) for name, scales in self._scales.items()}
-        self._save(f"behind-{index}", arrays)
-        (self.folder / f"behind-{index - 1}.safetensors").unlink(missing_ok=True)
-
-    def _save(self, name: str, arrays: dict[str, mx.array]) -> None:
-        beside = self.folder / f"{name}.partial.safetensors"
-        mx.save_safetensors(str(beside), arrays)
-        beside.replace(self.folder / f"{name}.safetensors")
-
-    def _resumed(self, n_windows: int) -> tuple[int, list[mx.array]]:
-        """Return how many blocks are done, and the states behind them; a damaged file is none."""
-        for index in reversed(range(self.source.config.n_layers)):
-            path = self.folder / f"behind-{index}.safetensors"
-            if not path.is_file():
-                continue
-            try:
-                arrays = {name: ref.read() for name, ref in open_safetensors(path).items()}
-                states = [arrays[f"state.{number}"] for number in range(n_windows)]
-            except (CheckpointError, KeyError):
-                return 0, []
-            self._scales = {
-                name.removeprefix("scales."): np.array(array)
-                for name, array in arrays.items()
-                if name.startswith("scales.")
-            }
-            return index + 1, states
-        return 0, []
-
-
-def _coded(
-    values: mx.array, form: QuantFormat, factor: gptq.Factor, held: mx.array | None
-) -> dict[str, mx.array]:
-    """Pack values (out, in) by what they read; by `mse` where that errs less on inputs held back.
-
-    held: (n, in) float32; None where nothing was.
-    """
-    coded: dict[str, mx.array] = dict(zip(PARTS, gptq.quantize(values, form, factor), strict=True))
-    if held is None:
-        return coded
-    searched = pack_matrix(values, form, "mse")
-    return min((coded, searched), key=lambda parts: _output_error(values, parts, form, held))
-
-
-def _output_error(
-    values: mx.array, parts: Mapping[str, mx.array], form: QuantFormat, inputs: mx.array
-) -> float:
-    """Return the squared error of the outputs (n, out) that packing leaves."""
-    rest = unpacked(parts, form) - values.astype(mx.float32)
-    out = for_texts(Dense(rest))(inputs)
-    return float(mx.sum(out * out))
-
 
 @dataclass(frozen=True, slots=True)
 class CalibrationRequest:
@@ -414,20 +325,25 @@ class CalibrationRequest:
     on_progress: OnProgress | None = None
 
 
-def calibration_bytes(source: WeightSource) -> int:
+def calibration_bytes(source: WeightSource, method: str) -> int:
     """Return what a walk takes at most, bytes.
 
-    A block in float32 twice (its parts and their join), the Hessians three times (added up, damped,
-    factorized), a block's activations, and the states of the text before and behind a block.
+    Beside the states of the text it is the largest of three: a block in float32 with the moments of
+    its inputs and a window's activations; the moments, two more of the largest while it is
+    factorized, what `auto` keeps back, and the work on one matrix; the packed output twice.
     """
     config = source.config
     q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     dim, hidden = config.dim, config.hidden_dim
+    widest, matrix = max(dim, q_rows, hidden), dim * max(q_rows, hidden)
     block = dim * (2 * q_rows + 2 * kv_rows + 3 * hidden)
-    hessians = 2 * dim**2 + q_rows**2 + hidden**2 + 3 * max(dim, q_rows, hidden) ** 2
-    states = 2 * MAX_TOKENS * dim + 8 * CONTEXT * (hidden + q_rows)
-    packed_head = config.vocab_size * dim  # at most a byte a weight, twice: parts and their join
-    return 4 * (2 * block + hessians + states) + 2 * packed_head
+    moments = 2 * dim**2 + q_rows**2 + hidden**2
+    held = 2 * HELD * CONTEXT * (2 * dim + q_rows + hidden) if method == "auto" else 0
+    read = block + matrix // 2 + moments + SLAB * widest + held + 8 * CONTEXT * (hidden + q_rows)
+    pack = moments + 2 * widest**2 + held + 4 * matrix + block // 3
+    # At most 8 bits and two scales in float32 to 32 weights, as pieces and joined.
+    head = 4 * dim**2 + 2 * config.vocab_size * dim // 3 + 6 * gptq.ROWS * dim
+    return 4 * (MAX_TOKENS * dim + max(read, pack, head))
 
 
 def calibration_key(job: str, text: Text) -> str:

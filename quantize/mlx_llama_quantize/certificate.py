@@ -14,11 +14,13 @@ from time import perf_counter
 import mlx.core as mx
 import numpy as np
 
+from mlx_llama.config import ModelConfig
 from mlx_llama.loading import ModelDirectory
 from mlx_llama.packed_ref import PackedRef, packed_ref
 from mlx_llama.weights import WeightSource, hf_module
 from mlx_llama_quantize.comparison import HIDDEN_BYTES, SLICE_BYTES, Comparison, OnProgress
 from mlx_llama_quantize.divergence import Divergence, TokenScores, summarize
+from mlx_llama_quantize.products import UNPACKED_BYTES
 from mlx_llama_quantize.subject import Subject
 from mlx_llama_quantize.texts import Text
 from mlx_llama_quantize.windows import cut_windows
@@ -115,20 +117,20 @@ def certify(
     return certificate, scores
 
 
-def certificate_bytes(source: Subject, result: Subject, dtype: mx.Dtype) -> int:
+def certificate_bytes(config: ModelConfig, *loaded: int) -> int:
     """Return what measuring takes at most when it walks by blocks; bytes.
 
-    The ends of both models, two copies of a block of the source (its parts, and their join) and of
-    the result's, the states of the windows, and a slice of logits.
+    loaded: what each of the two models would take in memory. The ends of both, a block of each and
+    one more matrix, as it is stored or unpacked, the states of the windows, and a slice of logits;
+    or, before, the ends of one as they are stored and as they are computed with.
     """
-    config = source.config
     ends = config.vocab_size * config.dim * (1 if config.tied else 2)
-    total = 0
-    for subject in (source, result):
-        loaded = subject.loaded_bytes(dtype)
-        share = ends / config.parameter_count
-        total += int(loaded * share) + 2 * int(loaded * (1 - share) / config.n_layers)
-    return total + HIDDEN_BYTES + 3 * SLICE_BYTES
+    share = ends / config.parameter_count
+    at_ends = [int(nbytes * share) for nbytes in loaded]
+    blocks = sum(int(nbytes * (1 - share) / config.n_layers) for nbytes in loaded)
+    matrix = max(4 * config.dim * max(config.hidden_dim, config.dim), UNPACKED_BYTES)
+    walking = sum(at_ends) + blocks + matrix + HIDDEN_BYTES + 3 * SLICE_BYTES
+    return max(walking, sum(at_ends) + max(at_ends) // 2)
 
 
 def weight_errors(weights: WeightSource, result: ModelDirectory) -> Iterator[WeightError]:

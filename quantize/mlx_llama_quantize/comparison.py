@@ -28,7 +28,7 @@ from mlx_llama_quantize.subject import Subject
 from mlx_llama_quantize.windows import Windows
 
 SLICE_BYTES = 64 << 20  # of logits, both models' together with what is computed from them
-HIDDEN_BYTES = 256 << 20  # of the windows that go through the blocks together
+HIDDEN_BYTES = 32 << 20  # of the windows that go through the blocks together
 COPIES = 8  # arrays as large as one model's logits that scoring has alive
 
 OnProgress = Callable[[int, int], None]  # windows times blocks done, and in all
@@ -47,16 +47,17 @@ class Side:
         self.ends.output, self.ends.tok_embeddings = output, for_texts(self.ends.tok_embeddings)
         self._blocks: list[Block] | None = None
         if is_resident:
-            self._blocks = [*self._built(arrays)]
+            self._blocks = [*self._built(arrays, is_joined=True)]
 
     def blocks(self) -> Iterator[Block]:
         """Yield the blocks, read anew unless they stay in memory."""
         if self._blocks is not None:
             return iter(self._blocks)
-        return self._built(self.subject.arrays())
+        return self._built(self.subject.arrays(), is_joined=False)
 
-    def _built(self, arrays: MutableMapping[str, mx.array]) -> Iterator[Block]:
-        return map(block_for_texts, build_blocks(self.config, arrays, dtype=self.dtype))
+    def _built(self, arrays: MutableMapping[str, mx.array], *, is_joined: bool) -> Iterator[Block]:
+        blocks = build_blocks(self.config, arrays, dtype=self.dtype, is_joined=is_joined)
+        return map(block_for_texts, blocks)
 
     def hidden(
         self, windows: Windows, chosen: range, on_window: Callable[[], None]

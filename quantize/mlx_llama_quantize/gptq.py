@@ -41,19 +41,29 @@ def factorize(hessian: np.ndarray, group_size: int) -> Factor:
     energy = np.diagonal(hessian).reshape(-1, group_size).sum(axis=1)
     groups = np.argsort(-energy, kind="stable")
     columns = (groups[:, None] * group_size + np.arange(group_size)).ravel()
-    ordered = hessian[np.ix_(columns, columns)]
-    mean = float(np.diagonal(ordered).mean()) or 1.0
-    places = np.arange(len(ordered))
+    mean = float(np.diagonal(hessian).mean()) or 1.0
+    # With rows and columns turned round, the inverse of the factor is the inverse's factor.
+    turned = columns[::-1]
     for number in range(TRIES):
-        damped = ordered.copy()
-        damped[places, places] += np.float32(mean * DAMPING * 10**number)
-        # With rows and columns turned round, the inverse of the factor is the inverse's factor.
-        turned = mx.array(np.ascontiguousarray(damped[::-1, ::-1]))
-        lower = mx.linalg.cholesky(turned, stream=mx.cpu)
-        inverse = np.array(mx.linalg.tri_inv(lower, stream=mx.cpu))
+        inverse = _inverse_factor(hessian[np.ix_(turned, turned)], mean * DAMPING * 10**number)
         if np.isfinite(inverse).all():
-            return Factor(np.ascontiguousarray(inverse[::-1, ::-1]), columns)
+            return Factor(inverse[::-1, ::-1], columns)
     raise QuantizationError("gptq: the inputs of a layer are no numbers; the weights are damaged")
+
+
+def _inverse_factor(hessian: np.ndarray, damping: float) -> np.ndarray:
+    """Return the inverse of a Hessian's lower Cholesky factor; hessian is used up.
+
+    No more than two arrays of its size are held beside the caller's own.
+    """
+    hessian[np.diag_indices(len(hessian))] += np.float32(damping)
+    found = mx.array(hessian)
+    del hessian
+    found = mx.linalg.cholesky(found, stream=mx.cpu)
+    mx.eval(found)
+    found = mx.linalg.tri_inv(found, stream=mx.cpu)
+    mx.eval(found)
+    return np.array(found, copy=False)
 
 
 def quantize(values: mx.array, form: QuantFormat, factor: Factor) -> mse.Packed:

@@ -15,10 +15,16 @@ from mlx_llama import ops
 from mlx_llama.linear import Dense, Matrix, Packed, Stack
 from mlx_llama.model import Block
 
+UNPACKED_BYTES = 32 << 20  # of a packed matrix, in float32
+SLAB = 512  # rows of second moments that are added together
+
 
 @dataclass(frozen=True, slots=True)
 class Hosted:
-    """A float32 matrix, or a packed one that is unpacked for each product, multiplied by BLAS."""
+    """A float32 matrix, or a packed one, multiplied by BLAS.
+
+    Of a packed one some rows at a time are unpacked, anew for each product.
+    """
 
     matrix: Dense | Packed
 
@@ -26,11 +32,15 @@ class Hosted:
         """Return x times the transposed matrix, evaluated: (..., out) float32."""
         matrix = self.matrix
         if isinstance(matrix, Dense):
-            weight = matrix.weight
-        else:
-            n_rows = matrix.weight.shape[0]
-            weight = replace(matrix, dtype=mx.float32).rows(mx.arange(n_rows))
-        return host_product(x, weight)
+            return host_product(x, matrix.weight)
+        n_rows, step = matrix.weight.shape[0], max(1, UNPACKED_BYTES // (4 * x.shape[-1]))
+        unpacking = replace(matrix, dtype=mx.float32)
+        starts = range(0, n_rows, step)
+        found = [
+            host_product(x, unpacking.rows(mx.arange(start, min(start + step, n_rows))))
+            for start in starts
+        ]
+        return found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
 
     def rows(self, ids: mx.array) -> mx.array:
         """Return the rows ids (...,) as (..., in)."""
@@ -48,13 +58,45 @@ def host_product(x: mx.array, weight: mx.array) -> mx.array:
     return mx.array(found).reshape(*x.shape[:-1], found.shape[-1])
 
 
-def second_moments(x: mx.array) -> mx.array:
-    """Return the sum of the outer products of x (..., in) with itself, (in, in) float32."""
-    rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
-    if ops.backend() != "cpu":
-        return rows.T @ rows
-    host = np.array(rows, copy=False)
-    return mx.array(host.T @ host)
+class Moments:
+    """Outer products of what is read with itself, added up: (in, in) float32.
+
+    On a CPU they are added slab by slab into one array, the upper half of it.
+    """
+
+    def __init__(self) -> None:
+        self._host: np.ndarray | None = None
+        self._device: mx.array | None = None
+
+    def add(self, x: mx.array) -> None:
+        """Add those of x (..., in); evaluates."""
+        rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+        if ops.backend() != "cpu":
+            product = rows.T @ rows
+            self._device = product if self._device is None else self._device + product
+            mx.eval(self._device)
+            return
+        host = np.array(rows, copy=False)
+        width = host.shape[1]
+        if self._host is None:
+            self._host = np.zeros((width, width), np.float32)
+        for start in range(0, width, SLAB):
+            slab = host[:, start : start + SLAB]
+            self._host[start : start + SLAB, start:] += slab.T @ host[:, start:]
+
+    def taken(self) -> np.ndarray:
+        """Return the sums, which are not held any longer."""
+        host, device = self._host, self._device
+        self._host = self._device = None
+        if device is not None:
+            return np.array(device)
+        assert host is not None, "every input is read by a walk"
+        for start in range(0, len(host), SLAB):
+            end = start + SLAB
+            square = host[start:end, start:end]
+            square[:] = np.triu(square) + np.triu(square, 1).T
+            host[end:, start:end] = host[start:end, end:].T
+        return host
 
 
 def for_texts(matrix: Matrix) -> Matrix:

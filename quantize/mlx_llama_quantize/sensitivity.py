@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_llama.config import QuantFormat
+from mlx_llama.config import ModelConfig, QuantFormat
 from mlx_llama.errors import CheckpointError
 from mlx_llama.ops import DTYPES
 from mlx_llama.strict_json import load_json
@@ -23,7 +23,7 @@ from mlx_llama.weights import WeightSource
 from mlx_llama_quantize.packing import pack_matrix, unpacked
 from mlx_llama_quantize.spec import DEFAULT_GROUP_SIZE, fitted
 from mlx_llama_quantize.texts import Text
-from mlx_llama_quantize.variants import OnProgress, VariantWalk
+from mlx_llama_quantize.variants import OnProgress, VariantWalk, walk_bytes
 from mlx_llama_quantize.windows import Windows, cut_windows
 
 CONTEXT = 512  # tokens of a window
@@ -91,8 +91,7 @@ class Survey:
             context=min(CONTEXT, config.max_context),
             option="--calibration",
         )
-        most = max(1, min(MAX_WINDOWS, WORK // config.parameter_count))
-        return Windows(windows.ids[:most], 0)
+        return Windows(windows.ids[: _most_windows(config)], 0)
 
     def run(self, *, on_progress: OnProgress | None = None) -> list[Sensitivity]:
         """Measure every matrix, in the order of `candidates`; what was written down is kept."""
@@ -172,6 +171,16 @@ class Survey:
             )
         except (CheckpointError, KeyError, ValueError, TypeError, AttributeError):
             self._measured, self._errors = {}, {}
+
+
+def survey_bytes(config: ModelConfig) -> int:
+    """Return what measuring takes at most, bytes."""
+    context = min(CONTEXT, config.max_context)
+    return walk_bytes(config, 4 * _most_windows(config) * context * config.dim)
+
+
+def _most_windows(config: ModelConfig) -> int:
+    return max(1, min(MAX_WINDOWS, WORK // config.parameter_count))
 
 
 def _key(form: QuantFormat) -> str:

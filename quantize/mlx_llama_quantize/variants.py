@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_llama import ops
-from mlx_llama.config import QuantFormat
+from mlx_llama.config import ModelConfig, QuantFormat
 from mlx_llama.linear import Dense, Matrix, Stack
 from mlx_llama.model import Block
 from mlx_llama.weights import EMBEDDING, NORM, OUTPUT, WeightSource
@@ -23,7 +23,7 @@ from mlx_llama_quantize.products import for_texts
 from mlx_llama_quantize.walking import embedded, layer_arithmetic
 from mlx_llama_quantize.windows import Windows
 
-LOGITS_BYTES = 384 << 20  # of the tokens that are compared together: two models' and a part
+LOGITS_BYTES = 320 << 20  # of the tokens that are compared together: two models' and a part
 SLICE_BYTES = 64 << 20  # of the output matrix, and of what comparing has alive
 COPIES = 8  # arrays as large as its logits that comparing has alive
 
@@ -38,6 +38,19 @@ FIELDS = {
 OnProgress = Callable[[int, int], None]  # windows through layers: done, and in all
 Wanted = tuple[str, QuantFormat]  # a tensor by Meta's name, and how it is packed
 Packed = Callable[[str, mx.array, QuantFormat], mx.array]  # what is read after packing, float32
+
+
+def walk_bytes(config: ModelConfig, windows_bytes: int) -> int:
+    """Return what a walk takes at most, bytes; windows_bytes: of the states of all windows.
+
+    A layer in float32, one more being packed, four copies of a matrix meanwhile, the states of a
+    layer's variants (two formats of seven matrices), logits to compare and rows of the output.
+    """
+    q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    layer = config.dim * (2 * q_rows + 2 * kv_rows + 3 * config.hidden_dim)
+    matrix = config.dim * max(q_rows, config.hidden_dim)
+    states = 2 * (2 * sum(map(len, FIELDS.values())) + 3) * windows_bytes
+    return 4 * (layer + 5 * matrix) + states + LOGITS_BYTES + LOGITS_BYTES // 3 + 6 * SLICE_BYTES
 
 
 @dataclass(slots=True)

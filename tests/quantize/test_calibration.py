@@ -12,7 +12,7 @@ from mlx_llama.config import QuantFormat
 from mlx_llama.options import ConvertOptions
 from mlx_llama.weights import is_matrix
 from mlx_llama_convert import SourceModel, open_source
-from mlx_llama_quantize import awq, quantize_weights
+from mlx_llama_quantize import awq, products, quantize_weights
 from mlx_llama_quantize.calibration import Calibration, calibration_bytes
 from mlx_llama_quantize.comparison import Comparison
 from mlx_llama_quantize.subject import Subject
@@ -171,6 +171,17 @@ def test_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
         mx.reset_peak_memory()
         walk(source, tmp_path / f"walk-{n_layers}", "gptq").run()
         peaks.append(mx.get_peak_memory() - before)
-        assert peaks[-1] < calibration_bytes(source.weights)
+        assert peaks[-1] < calibration_bytes(source.weights, "gptq")
     block = 4 * case.dim * (2 * 128 + 2 * 64 + 3 * source.config.hidden_dim)
     assert peaks[1] - peaks[0] < block
+
+
+def test_moments_are_those_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In slabs of which the last one is short; against one product in float64."""
+    monkeypatch.setattr(products, "SLAB", 48)
+    x = np.random.default_rng(3).normal(size=(3, 7, 160)).astype(np.float32)
+    moments = products.Moments()
+    for window in x:
+        moments.add(mx.array(window[None]))
+    rows = x.reshape(-1, 160).astype(np.float64)
+    np.testing.assert_allclose(moments.taken(), rows.T @ rows, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ from mlx_llama.loading import open_model_directory
 from mlx_llama.options import ConvertOptions
 from mlx_llama_convert import open_source
 from mlx_llama_quantize import certificate as module
-from mlx_llama_quantize import comparison
+from mlx_llama_quantize import comparison, products
 from mlx_llama_quantize.certificate import Request, certificate_bytes, certify, weight_errors
 from mlx_llama_quantize.subject import Subject
 from mlx_llama_quantize.texts import Text
@@ -48,12 +48,14 @@ def test_weight_errors_agree_with_numpy(tmp_path: Path, monkeypatch: pytest.Monk
 def test_measuring_takes_no_more_than_its_bound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Walked by blocks: the ends, two copies of a block, states and a slice, not the models."""
+    """Walked by blocks: the ends, a block of each, states and a slice, not the models."""
     monkeypatch.setattr(comparison, "HIDDEN_BYTES", 1 << 20)
     monkeypatch.setattr(comparison, "SLICE_BYTES", 1 << 20)
     monkeypatch.setattr(module, "HIDDEN_BYTES", 1 << 20)
     monkeypatch.setattr(module, "SLICE_BYTES", 1 << 20)
     monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(module, "UNPACKED_BYTES", 1 << 20)
+    monkeypatch.setattr(products, "UNPACKED_BYTES", 1 << 20)
     monkeypatch.setattr(comparison, "memory_found", lambda: 0)
     case = TINY.__class__(7, 8, 2, 64, 5e5, dim=512, n_layers=12, vocab_size=TINY.vocab_size)
     source = open_source(write_meta(tmp_path / "meta", case), ConvertOptions())
@@ -61,5 +63,6 @@ def test_measuring_takes_no_more_than_its_bound(
     subject = Subject.of_weights("meta", source.weights, source.tokenizer, source.files)
     before = mx.get_active_memory()
     found, _ = certify(source.weights, subject, result, Request(TEXT))
-    bound = certificate_bytes(subject, Subject.of_directory(result), mx.float32)
+    subjects = (subject, Subject.of_directory(result))
+    bound = certificate_bytes(source.config, *(s.loaded_bytes(mx.float32) for s in subjects))
     assert found.peak_bytes - before < bound < subject.loaded_bytes(mx.float32)
