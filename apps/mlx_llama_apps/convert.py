@@ -9,14 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, process_time
-from typing import TYPE_CHECKING, Annotated
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING
 
 from mlx_llama.errors import OptionError
 from mlx_llama.options import ConvertOptions
 from mlx_llama_apps import paths
-from mlx_llama_apps.flags import ConvertFlags, given
+from mlx_llama_apps.flags import AS_USUAL, ConvertFlags, MakingFlags, given
 from mlx_llama_apps.progress import OnBytes, Stages, byte_bar, remark
 from mlx_llama_apps.pull import fetch, listing_lines
 from mlx_llama_apps.terminal import size
@@ -36,15 +34,10 @@ def convert(
     source: str,
     /,
     *,
-    output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
+    making: MakingFlags = AS_USUAL,
     flags: ConvertFlags | None = None,
     no_quantize: bool = False,
-    dry_run: bool = False,
-    force: bool = False,
     verify: bool = False,
-    quiet: bool = False,
-    revision: str | None = None,
-    offline: bool = False,
 ) -> None:
     """Turn a checkpoint into a model directory that mlx-llama, mlx-lm and LM Studio load.
 
@@ -56,35 +49,19 @@ def convert(
         folder of Meta's files (consolidated.00.pth, params.json, tokenizer.model) or Hugging
         Face's (config.json, safetensors or pytorch_model.bin), or the name of a hub repository to
         download, such as meta-llama/Llama-3.2-1B-Instruct
-    output
-        the directory to write (default: in the models folder, named after source and bits)
     no_quantize
         keep the matrices as they are
-    dry_run
-        print the plan and stop
-    force
-        replace a model directory that exists
     verify
         run 32 tokens through the source's weights and the written ones and compare the logits
-    quiet
-        print no plan and no progress
-    revision
-        branch, tag or commit of a hub repository (default: main)
-    offline
-        open no connection: take a hub repository's files from the cache
     """
     wanted = given(flags)
     if no_quantize and "bits" in wanted:
         raise OptionError("--bits: does nothing with --no-quantize; leave one of them out")
     options = ConvertOptions(**wanted, quantize=not no_quantize)
-    target = output or paths.default_output(Path(source), size=bits_name(options))
-    if not dry_run:
-        refuse_target(target, force=force)
-    opened = open_named(
-        source, options, revision=revision, offline=offline, is_dry=dry_run, is_quiet=quiet
-    )
+    target = making.output or paths.default_output(Path(source), size=bits_name(options))
+    opened = open_named(source, options, target, making)
     if opened is not None:
-        build(opened, options, target, dry_run=dry_run, force=force, verify=verify, quiet=quiet)
+        build(opened, options, target, making, verify=verify)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,21 +96,12 @@ class Care:
         return [what for what, asked in stages if asked is not None]
 
 
-def refuse_target(target: Path, *, force: bool) -> None:
-    """Refuse an output that could not be written, before anything is read."""
-    from mlx_llama_convert.output import check_target
-
-    check_target(target, force=force)
-
-
 def build(
     source: SourceModel,
     options: ConvertOptions,
     target: Path,
+    making: MakingFlags,
     *,
-    dry_run: bool,
-    force: bool,
-    quiet: bool,
     verify: bool = False,
     care: Care | None = None,
 ) -> None:
@@ -141,6 +109,7 @@ def build(
     from mlx_llama_convert import make_plan
     from mlx_llama_convert.budget import open_budget, survey
 
+    dry_run, quiet = making.dry_run, making.quiet
     if options.target_bpw is None:
         plan = make_plan(source, options)
         _announce(plan, target, dry_run=dry_run, quiet=quiet, care=care)
@@ -158,7 +127,7 @@ def build(
             for line in chosen_lines(plan):
                 remark(line)
     if not dry_run:
-        _carry_out(plan, target, force=force, verify=verify, quiet=quiet, care=care)
+        _carry_out(plan, target, force=making.force, verify=verify, quiet=quiet, care=care)
         print(target)
 
 
@@ -195,36 +164,34 @@ def bits_name(options: ConvertOptions) -> str | None:
 
 
 def open_named(
-    source: str,
-    options: ConvertOptions,
-    *,
-    revision: str | None,
-    offline: bool,
-    is_dry: bool,
-    is_quiet: bool,
+    source: str, options: ConvertOptions, target: Path, making: MakingFlags
 ) -> SourceModel | None:
     """Open a folder, or a hub repository's files after their download.
 
-    is_dry: where the cache lacks files, say what would be downloaded and return None.
+    A target that could not be written is refused before. A dry run says what would be downloaded
+    where the cache lacks files, and returns None.
     """
     from mlx_llama_convert import hub, open_source
     from mlx_llama_convert.hub_files import DEFAULT_REVISION, is_hub_name
+    from mlx_llama_convert.output import check_target
     from mlx_llama_convert.source import Origin
 
-    folder = Path(source)
+    if not making.dry_run:
+        check_target(target, force=making.force)
+    folder, revision = Path(source), making.revision
     if folder.exists() or not is_hub_name(source):
         if revision is not None:
             raise OptionError(f"--revision: {source} is no hub repository; leave it out")
         return open_source(folder, options)
     revision = revision or DEFAULT_REVISION
-    if offline or hub.is_switched_off():
+    if making.offline or hub.is_switched_off():
         snapshot = hub.find_cached(source, revision=revision)
     else:
         listing = hub.look_up(source, revision=revision)
-        if is_dry and listing.missing_nbytes:
+        if making.dry_run and listing.missing_nbytes:
             print(*listing_lines(listing), sep="\n")
             return None
-        snapshot = fetch(listing, is_quiet=is_quiet)
+        snapshot = fetch(listing, is_quiet=making.quiet)
     return open_source(snapshot.source, options, origin=Origin(snapshot.name, snapshot.commit))
 
 

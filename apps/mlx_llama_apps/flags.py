@@ -7,7 +7,8 @@ model directory's own defaults can take its place.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, field, fields, make_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
@@ -74,6 +75,34 @@ def _default_help(spec: Field[Any]) -> str:
         return ""
     return f" (default: {spec.default})"
 
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True)
+class MakingFlags:
+    """What every command takes that makes a model directory of a checkpoint."""
+
+    output: Annotated[
+        Path | None,
+        Parameter(
+            name=("--output", "-o"),
+            help="the directory to write (default: in the models folder, named after source and "
+            "bits)",
+        ),
+    ] = None
+    dry_run: Annotated[bool, Parameter(help="print the plan and stop")] = False
+    force: Annotated[bool, Parameter(help="replace a model directory that exists")] = False
+    quiet: Annotated[bool, Parameter(help="print no plan and no progress")] = False
+    revision: Annotated[
+        str | None,
+        Parameter(help="branch, tag or commit of a hub repository (default: main)"),
+    ] = None
+    offline: Annotated[
+        bool,
+        Parameter(help="open no connection: take a hub repository's files from the cache"),
+    ] = False
+
+
+AS_USUAL = MakingFlags()
 
 if TYPE_CHECKING:
 

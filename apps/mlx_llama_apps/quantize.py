@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING
 
 from mlx_llama.errors import OptionError
 from mlx_llama.options import ConvertOptions
 from mlx_llama_apps import paths
-from mlx_llama_apps.convert import Care, bits_name, build, open_named, refuse_target
-from mlx_llama_apps.flags import QuantizeFlags, given
+from mlx_llama_apps.convert import Care, bits_name, build, open_named
+from mlx_llama_apps.flags import AS_USUAL, MakingFlags, QuantizeFlags, given
 from mlx_llama_apps.progress import Stages
 from mlx_llama_apps.terminal import StatusLine
 
@@ -25,16 +23,11 @@ def quantize(
     source: str,
     /,
     *,
-    output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
+    making: MakingFlags = AS_USUAL,
     flags: QuantizeFlags | None = None,
-    dry_run: bool = False,
-    force: bool = False,
     calibration: Path | None = None,
     text: Path | None = None,
     no_report: bool = False,
-    quiet: bool = False,
-    revision: str | None = None,
-    offline: bool = False,
 ) -> None:
     """Quantize a checkpoint with more care than `convert`, tensor by tensor as you say.
 
@@ -44,12 +37,6 @@ def quantize(
     ----------
     source
         what `convert` takes, or an unquantized model directory
-    output
-        the directory to write (default: in the models folder, named after source and bits)
-    dry_run
-        print the plan and stop
-    force
-        replace a model directory that exists
     calibration
         what gptq, awq, auto and --target-bpw learn from: UTF-8, or JSONL with text (default: a text
         that ships)
@@ -57,12 +44,6 @@ def quantize(
         what both models read to be compared: UTF-8, or JSONL with text (default: a text that ships)
     no_report
         compare the weights alone, not what the models predict
-    quiet
-        print no plan and no progress
-    revision
-        branch, tag or commit of a hub repository (default: main)
-    offline
-        open no connection: take a hub repository's files from the cache
     """
     from mlx_llama_quantize.calibration import CalibrationRequest
     from mlx_llama_quantize.certificate import Request
@@ -77,16 +58,12 @@ def quantize(
         wanted = {"method": METHOD, **wanted}
     options = ConvertOptions(**wanted)
     words = _calibration_text(options, calibration)
-    target = output or paths.default_output(Path(source), size=_size_name(options))
-    if not dry_run:
-        refuse_target(target, force=force)
-    opened = open_named(
-        source, options, revision=revision, offline=offline, is_dry=dry_run, is_quiet=quiet
-    )
+    target = making.output or paths.default_output(Path(source), size=_size_name(options))
+    opened = open_named(source, options, target, making)
     if opened is None:
         return
     with StatusLine(after_s=0.3) as status:
-        stages = None if quiet else Stages(status)
+        stages = None if making.quiet else Stages(status)
         cache = paths.cache_folder()
         is_calibrated = options.method in calibrated_methods()
         care = Care(
@@ -99,7 +76,7 @@ def quantize(
             else None,
             stages,
         )
-        build(opened, options, target, dry_run=dry_run, force=force, quiet=quiet, care=care)
+        build(opened, options, target, making, care=care)
 
 
 def _size_name(options: ConvertOptions) -> str | None:
