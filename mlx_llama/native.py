@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_llama.cache.view import View
 from mlx_llama.config import QuantFormat
 
+INTERFACE = 2  # of the extension: one that was built of older sources is refused
 MOST_GROUPS = 4096  # of a matrix's row
 MOST_HEAD_DIM = 512
 BITS = (2, 3, 4, 5, 6, 8)
@@ -46,6 +47,8 @@ def _found() -> tuple[ModuleType | None, str | None]:
         return None, f"mlx_llama_kernels is not whole ({error}): build it again"
     except ImportError as error:
         return None, str(error)
+    if getattr(mlx_llama_kernels, "INTERFACE", 1) != INTERFACE:
+        return None, "mlx_llama_kernels is of another version of mlx-llama: build it again"
     try:
         # Another nanobind than MLX's lets it load, and then refuses every array.
         mlx_llama_kernels.rms_norm(mx.ones((1, 2)), mx.ones((2,)), 1e-5)

@@ -16,6 +16,8 @@ if mx.__version__ != MLX_VERSION:
         "build it again (make kernels)"
     )
 
+INTERFACE = 2  # grows whenever a function is added or takes something else; mlx_llama asks for it
+
 from mlx_llama_kernels._kernels import (
     attention,
     instructions,
@@ -30,6 +32,7 @@ from mlx_llama_kernels._kernels import (
 )
 
 __all__ = [
+    "INTERFACE",
     "MLX_VERSION",
     "attention",
     "instructions",

@@ -82,12 +82,23 @@ def test_kernels_that_refuse_arrays_are_named_and_not_used(
         raise TypeError("rms_norm(): incompatible function arguments")
 
     fake = ModuleType("mlx_llama_kernels")
+    monkeypatch.setattr(fake, "INTERFACE", native.INTERFACE, raising=False)
     monkeypatch.setattr(fake, "rms_norm", refuse, raising=False)
     monkeypatch.setitem(sys.modules, "mlx_llama_kernels", fake)
     monkeypatch.setattr(native, "can_be_built", lambda: True)
     found, reason = native._found.__wrapped__()
     assert found is None and reason is not None
     assert "another nanobind: build it again" in reason
+
+
+def test_kernels_of_older_sources_are_named_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lacked functions that were called then."""
+    monkeypatch.setitem(sys.modules, "mlx_llama_kernels", ModuleType("mlx_llama_kernels"))
+    monkeypatch.setattr(native, "can_be_built", lambda: True)
+    assert native._found.__wrapped__() == (
+        None,
+        "mlx_llama_kernels is of another version of mlx-llama: build it again",
+    )
 
 
 @pytest.mark.skipif(native.kernels() is None, reason="no native kernels")
