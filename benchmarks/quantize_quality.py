@@ -94,7 +94,8 @@ def _peers(given: argparse.Namespace) -> list[Row]:
     for name, arguments in PEERS.items():
         out = given.work / f"mlx-lm-{name}"
         asked = [str(each) for each in arguments(given)]
-        command = [str(given.peer_python), "-m", f"mlx_lm.quant.{name}", "--model", str(dense)]
+        start = f"from mlx_lm.quant.{name} import main; main()"  # not all of them are run by -m
+        command = [str(given.peer_python), "-c", start, "--model", str(dense)]
         command += ["--mlx-path", str(out), *asked]
         done = run(command, env={"HOME": str(home), "HF_HUB_OFFLINE": "1"})
         for file in dense.glob("*token*"):  # mlx-lm writes its tokens anew, and some differ
@@ -112,6 +113,7 @@ def _peers(given: argparse.Namespace) -> list[Row]:
 
 def _row(title: str, bits: float, found: dict[str, Any], done: Run) -> Row:
     kld = found["kld"]["mean"]
+    print(f"{title}: {kld['value']:.5f}", file=sys.stderr, flush=True)
     return kld["value"], [
         title,
         f"{bits:.2f}",
