@@ -16,15 +16,13 @@ KERNEL_TOOLS = scikit-build-core nanobind cmake ninja
 .PHONY: chat test check clean kernels kernels-check
 
 chat: $(VENV)/.installed $(KERNELS)
-	@if [ -z "$(MODEL)" ]; then \
-	  echo "make chat needs a model: make chat MODEL=path/to/Llama-3.2-1B-Instruct (Meta's files, Hugging Face's, or a converted folder)" >&2; exit 2; fi
 	@model="$(MODEL)"; \
 	if [ -d "$$model" ] && ! grep -qsE '"(quantization|mlx_llama)"' "$$model/config.json"; then \
 	  path=$$(cd "$$model" && pwd); \
 	  out="models/$$(basename "$$(dirname "$$path")")-$$(basename "$$path")-$(BITS)bit"; \
 	  [ -d "$$out" ] || $(VENV)/bin/mlx-llama convert "$$model" -o "$$out" --bits $(BITS) >/dev/null || exit $$?; \
 	  model="$$out"; fi; \
-	exec $(VENV)/bin/mlx-llama chat "$$model"
+	exec $(VENV)/bin/mlx-llama chat $${model:+"$$model"}
 
 test: $(VENV)/.installed-test $(KERNELS)
 	$(VENV)/bin/python -m pytest -q

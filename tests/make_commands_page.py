@@ -12,7 +12,8 @@ error, 2 for wrong usage, 130 after Ctrl-C. `--debug` shows a traceback with an 
 
 MODEL is a folder, or a name in the models folder: `data/models` under `MLX_LLAMA_HOME` when that is
 set, else `models` in the platform's folder for a program's data
-(`~/Library/Application Support/mlx-llama` on macOS, `~/.local/share/mlx-llama` on Linux). A prompt
+(`~/Library/Application Support/mlx-llama` on macOS, `~/.local/share/mlx-llama` on Linux), or
+`bundled`, the small guide that ships with the program, which is converted on first use. A prompt
 or a chat that comes through a pipe is one message, whatever its lines.
 """
 

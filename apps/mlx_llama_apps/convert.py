@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mlx_llama.errors import OptionError
 from mlx_llama.options import ConvertOptions
-from mlx_llama_apps import paths
+from mlx_llama_apps import bundled, paths
 from mlx_llama_apps.flags import AS_USUAL, ConvertFlags, MakingFlags, given
 from mlx_llama_apps.progress import OnBytes, Stages, byte_bar, remark
 from mlx_llama_apps.pull import fetch, listing_lines
@@ -48,7 +48,7 @@ def convert(
     source
         folder of Meta's files (consolidated.00.pth, params.json, tokenizer.model) or Hugging
         Face's (config.json, safetensors or pytorch_model.bin), or the name of a hub repository to
-        download, such as meta-llama/Llama-3.2-1B-Instruct
+        download, such as meta-llama/Llama-3.2-1B-Instruct, or "bundled", the checkpoint in the box
     no_quantize
         keep the matrices as they are
     verify
@@ -104,8 +104,9 @@ def build(
     *,
     verify: bool = False,
     care: Care | None = None,
+    says_path: bool = True,
 ) -> None:
-    """Show the plan and carry it out; prints the directory's path."""
+    """Show the plan and carry it out; the directory's path, if it says it, goes to stdout."""
     from mlx_llama_convert import make_plan
     from mlx_llama_convert.budget import open_budget, survey
 
@@ -128,7 +129,8 @@ def build(
                 remark(line)
     if not dry_run:
         _carry_out(plan, target, force=making.force, verify=verify, quiet=quiet, care=care)
-        print(target)
+        if says_path:
+            print(target)
 
 
 def _announce(
@@ -166,7 +168,7 @@ def bits_name(options: ConvertOptions) -> str | None:
 def open_named(
     source: str, options: ConvertOptions, target: Path, making: MakingFlags
 ) -> SourceModel | None:
-    """Open a folder, or a hub repository's files after their download.
+    """Open a folder, the checkpoint in the box, or a hub repository's files after their download.
 
     A target that could not be written is refused before. A dry run says what would be downloaded
     where the cache lacks files, and returns None.
@@ -178,7 +180,8 @@ def open_named(
 
     if not making.dry_run:
         check_target(target, force=making.force)
-    folder, revision = Path(source), making.revision
+    folder = bundled.checkpoint() if paths.is_bundled(source) else Path(source)
+    revision = making.revision
     if folder.exists() or not is_hub_name(source):
         if revision is not None:
             raise OptionError(f"--revision: {source} is no hub repository; leave it out")

@@ -30,7 +30,7 @@ from mlx_llama_apps.terminal import visible
 
 EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 1, 2, 130
 WHAT_TO_GIVE = {
-    "MODEL": "a model directory, such as mlx-llama convert makes of a checkpoint",
+    "MODEL": "a model directory, such as mlx-llama convert makes of a checkpoint, or: bundled",
     "SOURCE": "the folder of a checkpoint, Meta's files or Hugging Face's, or a hub name",
     "A": "two models of one vocabulary, such as a model and what it was quantized from",
     "B": "a second model, of the same vocabulary as the first",

@@ -13,6 +13,7 @@ import platformdirs
 from mlx_llama.errors import CheckpointError, OptionError
 
 APP_NAME = "mlx-llama"
+BUNDLED = "bundled"  # as a model's name: the checkpoint that ships with the program
 
 
 def data_folder() -> Path:
@@ -85,9 +86,15 @@ def user_path(text: str) -> Path:
         raise OptionError(f"{text}: there is no such user's home folder") from error
 
 
-def resolve_model(text: str) -> Path:
-    """Return the folder that MODEL means: a path, or a name in the models folder.
+def is_bundled(text: str) -> bool:
+    """Whether a name means the bundled checkpoint; a folder of that name goes first."""
+    return text == BUNDLED and not Path(text).exists()
 
+
+def resolve_model(text: str) -> Path:
+    """Return the folder that MODEL means: a path, a name in the models folder, or "bundled".
+
+    The bundled checkpoint is converted where that has not been done yet.
     Raises CheckpointError with the command that would make a model of what was given.
     """
     path = user_path(text)
@@ -96,6 +103,10 @@ def resolve_model(text: str) -> Path:
     is_name = Path(text).name == text and text not in ("", ".", "..")
     if is_name and (models_folder() / text).is_dir():
         return models_folder() / text
+    if is_bundled(text):
+        from mlx_llama_apps.bundled import model_directory
+
+        return model_directory()
     known = [p.name for p in models_at_hand()]
     at_hand = f"; at hand: {', '.join(known)}" if known else ""
     raise CheckpointError(

@@ -58,7 +58,7 @@ def test_quantized_stories260k_tells_a_story(
 USAGE = [
     (["bogus"], 'Unknown command "bogus"'),
     (["run"], "MODEL is missing: give a model directory"),
-    (["chat"], "MODEL is missing: give a model directory"),
+    (["show"], "MODEL is missing: give a model directory"),
     (["convert"], "SOURCE is missing: give the folder of a checkpoint"),
     (["run", "BASE", "hi", "there"], "too many arguments: 'there'"),
     (["run", "BASE", "--temprature", "0", "hi"], "did you mean --temperature"),

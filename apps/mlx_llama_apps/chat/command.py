@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from mlx_llama.errors import OptionError
-from mlx_llama_apps import paths
+from mlx_llama_apps import bundled, paths
 from mlx_llama_apps.flags import ChatContextFlags, ChatFlags, GenerationFlags, LoadFlags, given
 from mlx_llama_apps.terminal import StatusLine, read_stdin, size
 
@@ -45,8 +45,8 @@ def chat(
     Parameters
     ----------
     model
-        a model directory, or the name of one in the models folder (default: the resumed chat's, or
-        a choice of what is at hand)
+        a model directory, or the name of one in the models folder (default: the resumed chat's, a
+        choice of what is at hand, or bundled, the small guide that ships with the program)
     system
         the system prompt
     date
@@ -103,6 +103,9 @@ def _model_path(model: str | None, saved: SavedChat | None, is_interactive: bool
     from mlx_llama_apps.chat.choice import choose_model, models_at_hand
 
     found = models_at_hand()
+    made = paths.default_output(Path(paths.BUNDLED), bits=bundled.BITS)
+    if all(path == made for path, _ in found):  # nothing to choose from
+        return paths.resolve_model(paths.BUNDLED)
     if is_interactive:
         return choose_model(found)
     at_hand = ", ".join(path.name for path, _ in found) or "none"

@@ -51,7 +51,6 @@ def test_context_that_is_full_is_told_on_stderr(home: Path, chat_model: Path) ->
         (["BASE", "--system", "x"], "is a base model"),
         (["CHAT", "--logit-bias", "hello hello=1"], "no single token"),
         (["LLAMA2", "--date", "26 Jul 2024"], "has no place for"),
-        ([], "MODEL is missing"),
     ],
 )
 def test_what_cannot_be_is_one_line(
