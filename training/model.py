@@ -76,9 +76,10 @@ class Attention(nn.Module):
         )
         # Written out: on a CPU in bfloat16 PyTorch's fused attention makes a step a quarter slower.
         # The heads of a group stand side by side, so one product serves them all.
-        query = rotate(query, cos, sin).reshape(batch, n_kv, -1, width)  # (B, K, H / K * L, D)
+        query = rotate(query, cos, sin) / math.sqrt(width)
+        query = query.reshape(batch, n_kv, -1, width)  # (B, K, H / K * L, D)
         scores = query @ rotate(key, cos, sin).transpose(-1, -2)
-        scores = scores.view(batch, n_kv, -1, length, length).float() / math.sqrt(width)
+        scores = scores.view(batch, n_kv, -1, length, length).float()
         later = torch.ones(length, length, dtype=torch.bool).triu(1)
         weights = scores.masked_fill(later, -math.inf).softmax(-1).to(value.dtype)
         out = weights.view(batch, n_kv, -1, length) @ value

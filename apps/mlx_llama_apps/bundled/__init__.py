@@ -28,22 +28,26 @@ def checkpoint() -> Path:
     return _FOLDER
 
 
+def target() -> Path:
+    """Return where the converted checkpoint goes."""
+    return paths.default_output(Path(paths.BUNDLED), size=f"{BITS}bit")
+
+
 def model_directory() -> Path:
     """Return the converted checkpoint; it is made, with plan and progress, where it is not there.
 
     One that was made of other weights, by another version of the program, is replaced.
     """
-    source = checkpoint()
-    target = paths.default_output(Path(paths.BUNDLED), bits=BITS)
-    if _is_made_of(target, source):
-        return target
+    source, made = checkpoint(), target()
+    if _is_made_of(made, source):
+        return made
     from mlx_llama_apps.convert import build
     from mlx_llama_convert import open_source
 
     options = ConvertOptions(bits=BITS)
-    opened, force = open_source(source, options), target.exists()
-    build(opened, options, target, dry_run=False, force=force, quiet=False, says_path=False)
-    return target
+    opened, force = open_source(source, options), made.exists()
+    build(opened, options, made, dry_run=False, force=force, quiet=False, says_path=False)
+    return made
 
 
 def _is_made_of(target: Path, source: Path) -> bool:

@@ -103,7 +103,7 @@ def _model_path(model: str | None, saved: SavedChat | None, is_interactive: bool
     from mlx_llama_apps.chat.choice import choose_model, models_at_hand
 
     found = models_at_hand()
-    made = paths.default_output(Path(paths.BUNDLED), bits=bundled.BITS)
+    made = bundled.target()
     if all(path == made for path, _ in found):  # nothing to choose from
         return paths.resolve_model(paths.BUNDLED)
     if is_interactive:
