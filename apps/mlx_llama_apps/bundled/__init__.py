@@ -42,11 +42,12 @@ def model_directory() -> Path:
     if _is_made_of(made, source):
         return made
     from mlx_llama_apps.convert import build
+    from mlx_llama_apps.flags import MakingFlags
     from mlx_llama_convert import open_source
 
     options = ConvertOptions(bits=BITS)
-    opened, force = open_source(source, options), made.exists()
-    build(opened, options, made, dry_run=False, force=force, quiet=False, says_path=False)
+    opened, making = open_source(source, options), MakingFlags(force=made.exists())
+    build(opened, options, made, making, says_path=False)
     return made
 
 
