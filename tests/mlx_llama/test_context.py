@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mlx_llama
-from mlx_llama import Llama, Message, context, memory
+from mlx_llama import Llama, Message, context, memory, ops
 from mlx_llama.cache import KVBits, KVCache
 from mlx_llama.config import ModelConfig
 from mlx_llama.errors import ContextOverflowError, MemoryShortError, OptionError
@@ -21,7 +21,8 @@ from mlx_llama.memory import Demand
 from mlx_llama.options import ContextOptions, GenerationOptions
 from mlx_llama.weights import build_model, hf_module, tensor_shapes
 
-MOST_UNDER, MOST_OVER = 0.05, 0.1  # of the peak: on a busy machine more is freed before it
+PEAK_TOLERANCE = 0.05  # of the peak, as promised
+NATIVE_EXCESS = 0.1  # with the kernels, whose peaks differ from run to run
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +215,8 @@ def test_predicted_peak_is_the_real_one(name: str, dtype: mx.Dtype) -> None:
     assert len(list(generate(model, cache, request))) == 4
     demand = Demand(config, weights, case.bits, dtype, case.chunk, case.slides, case.packed_from)
     predicted, found = demand.at(case.n_tokens, None).total, mx.get_peak_memory() - others
-    assert -MOST_UNDER < predicted / found - 1 < MOST_OVER, (predicted, found, predicted / found)
+    most = PEAK_TOLERANCE if ops.kernels() is None else NATIVE_EXCESS
+    assert -PEAK_TOLERANCE < predicted / found - 1 < most, (predicted, found, predicted / found)
 
 
 class NoText:
