@@ -13,7 +13,7 @@ KERNEL_FILES = $(shell find kernels -name build -prune -o -type f -print)
 endif
 KERNEL_TOOLS = scikit-build-core nanobind cmake ninja
 
-.PHONY: chat test check clean kernels kernels-check
+.PHONY: chat test check clean kernels kernels-check kernels-check-arm
 
 chat: $(VENV)/.installed $(KERNELS)
 	@model="$(MODEL)"; \
@@ -56,6 +56,14 @@ kernels-check:
 	  out=kernels/build/$$sanitizer; \
 	  cmake -S kernels -B $$out -DMLK_PYTHON=OFF -DMLK_TESTS=ON -DMLK_SANITIZE=$$sanitizer >/dev/null && \
 	  cmake --build $$out --parallel 2 >/dev/null && $$out/check 10 || exit 1; done
+
+# The same for ARM, by a cross compiler, run by an emulator.
+kernels-check-arm: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+kernels-check-arm:
+	@out=kernels/build/arm; \
+	cmake -S kernels -B $$out -DMLK_PYTHON=OFF -DMLK_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static >/dev/null && \
+	cmake --build $$out --parallel 2 >/dev/null && qemu-aarch64 $$out/check 10
 
 clean:
 	rm -rf $(VENV) build dist kernels/build

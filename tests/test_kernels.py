@@ -21,7 +21,7 @@ INSTALLED = native.kernels()
 needs_kernels = pytest.mark.skipif(
     INSTALLED is None, reason=f"no native kernels: {native.missing_reason()}"
 )
-INSTRUCTIONS = ("baseline", "avx2", "avx512", "vbmi", "amx")
+INSTRUCTIONS = ("baseline", "neon", "avx2", "avx512", "vbmi", "amx")
 HALF_STEP = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
 LEAST = {mx.float32: 1e-37, mx.float16: 6e-8, mx.bfloat16: 1e-37}
 types = st.sampled_from([mx.float32, mx.bfloat16, mx.float16])
@@ -300,6 +300,7 @@ def test_long_caches_are_split_and_joined(kernels: object, bits: int, n_kv_heads
         ([[(1, 2, 9, 32)]], [[(1, 2, 9, 64)]], "keys: rows of 32, q's of 64"),
         ([[(1, 3, 9, 64)]], [[(1, 3, 9, 64)]], "heads that divide q's"),
         ([[(1, 2, 2, 64)]], [[(1, 2, 2, 64)]], "no more rows than keys"),
+        ([[(1, 2, 0, 64)]], [[(1, 2, 0, 64)]], "no more rows than keys|found none"),
         ([], [], "found 0 and 0 parts"),
     ],
 )
@@ -323,6 +324,14 @@ def test_long_sums_of_one_sign_stay_within_their_bound(
     found = kernels.quantized_matmul(x, packed, scales, biases, group_size=64, bits=4)  # pyright: ignore
     expected = 8192 * float(np.float32(0.1)) ** 2 * 7
     assert np.abs(float64(found) / expected - 1).max() <= bound * 2.0**-24
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [1500, 4096, 16384])
+def test_norms_of_one_sign_stay_within_their_bound(kernels: object, width: int) -> None:
+    value = float(np.float32(0.1))
+    found = kernels.rms_norm(mx.full((1, width), value), mx.ones(width), 0.0)  # pyright: ignore
+    assert np.abs(float64(found) - 1).max() <= 1e-6
 
 
 @needs_kernels

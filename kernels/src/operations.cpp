@@ -19,6 +19,12 @@ namespace mlk {
 namespace {
 
 #if defined(__x86_64__)
+// Asked by hand: Clang's __builtin_cpu_supports does not know the name before release 18.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
 // Whether tiles of bfloat16 can be multiplied, which Linux wants to be asked for: their state is
 // large, and a signal's stack must hold it.
 bool may_use_tiles() {
@@ -42,7 +48,7 @@ std::vector<const Table*> find_tables() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
+      has_f16c()) {
     tables.push_back(table_avx2());
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
@@ -147,7 +153,7 @@ void attention(Pool& pool, const Table& table, const Attention& a) {
   if (parts == 0) return;
   auto held = pool.lock();
   float* partial = pool.common(table.attention_partial_floats(a));
-  size_t work = a.rows * a.q.dim * (a.q.heads * a.q.batch * a.q.m / parts);
+  size_t work = a.rows * a.q.dim * a.q.heads * a.q.batch * a.q.m / parts;
   pool.each(parts, rows_at_once(work), [&](size_t first, size_t last, size_t thread) {
     table.attention(a, pool.scratch(thread, table.attention_floats(a)), partial, first, last);
   });

@@ -116,8 +116,11 @@ class OnCpu : public mx::UnaryPrimitive {
     // Attention does always: the next token's write would copy a cache that waits to be read.
     while (mx::scheduler::n_active_tasks() > 1) mx::scheduler::wait_for_one();
     mx::scheduler::notify_new_task(stream());
-    mx::scheduler::enqueue(stream(), std::move(task));
-    mx::scheduler::enqueue(stream(), [s = stream()] { mx::scheduler::notify_task_completion(s); });
+    // Told by a destructor: MLX drops the tasks behind one that failed, and they are over, too.
+    std::shared_ptr<void> over(nullptr, [s = stream()](void*) {
+      mx::scheduler::notify_task_completion(s);
+    });
+    mx::scheduler::enqueue(stream(), [over = std::move(over), task = std::move(task)]() mutable { task(); });
   }
 
   void eval_gpu(const std::vector<array>&, array&) override {
@@ -426,8 +429,8 @@ array attention(const array& q, const std::vector<std::vector<array>>& keys,
                 const std::vector<std::vector<array>>& values, float scale,
                 const std::optional<array>& sight) {
   require_float("q", q);
-  if (q.ndim() != 4 || q.shape(3) > 512 || q.shape(3) == 0) {
-    refuse("q: expected (batch, heads, rows, dim), dim up to 512");
+  if (q.ndim() != 4 || q.shape(3) > 512 || q.shape(3) == 0 || q.shape(1) == 0) {
+    refuse("q: expected (batch, heads, rows, dim), with heads, dim up to 512");
   }
   if (keys.empty() || keys.size() != values.size()) {
     refuse("keys and values: found ", keys.size(), " and ", values.size(), " parts, expected as many");
@@ -448,6 +451,7 @@ array attention(const array& q, const std::vector<std::vector<array>>& keys,
     }
     rows += k.shape(2);
   }
+  if (rows == 0 && q.shape(2) > 0) refuse("keys: expected rows to look at, found none");
   if (sight) {
     if (sight->dtype() != mx::int32 || sight->shape() != mx::Shape{2, rows}) {
       refuse("sight: expected (2, ", rows, ") int32");

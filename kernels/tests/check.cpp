@@ -53,7 +53,7 @@ struct Values {
       float value = from[i];
       if (type == Type::f32) std::memcpy(&bytes[i * 4], &value, 4);
       if (type == Type::f16) {
-        _Float16 half = _Float16(value);
+        f16 half = f16(value);
         std::memcpy(&bytes[i * 2], &half, 2);
         value = float(half);
       }
@@ -72,7 +72,7 @@ struct Values {
 
 double read(Type type, const std::vector<char>& bytes, size_t i) {
   if (type == Type::f32) return reinterpret_cast<const float*>(bytes.data())[i];
-  if (type == Type::f16) return float(reinterpret_cast<const _Float16*>(bytes.data())[i]);
+  if (type == Type::f16) return float(reinterpret_cast<const f16*>(bytes.data())[i]);
   uint32_t bits = uint32_t(reinterpret_cast<const uint16_t*>(bytes.data())[i]) << 16;
   float value;
   std::memcpy(&value, &bits, 4);
@@ -325,6 +325,25 @@ void check_attention(Pool& pool, const Table& table) {
       }
 }
 
+std::atomic<int> n_ranges;
+
+// One query over a long cache keeps every thread busy, however many parts the rows are cut into.
+void check_sharing(const Table& table) {
+  Table counting = table;
+  counting.attention = [](const Attention&, float*, float*, size_t, size_t) { ++n_ranges; };
+  counting.attention_join = [](const Attention&, float*, size_t, size_t) {};
+  Pool pool(3);
+  for (size_t rows : {1024, 1025, 4096, 4097, 16384, 131072}) {
+    for (size_t heads : {8, 32}) {
+      Stored stored{{nullptr, Type::f32, 1, 8, rows, 64, 0, 0, 64}, 0, {}, {}};
+      Heads q{nullptr, Type::f32, 1, heads, 1, 64, 0, 64, 64};
+      n_ranges = 0;
+      attention(pool, counting, {q, &stored, &stored, 1, rows, nullptr, 1, nullptr});
+      require(n_ranges >= 3, 1, 0, "ranges of a long cache");
+    }
+  }
+}
+
 // What is not finite stays in its row of activations, and shows there.
 void check_not_finite(Pool& pool, const Table& table, float bad) {
   for (size_t m : {3, 20}) {
@@ -399,7 +418,7 @@ void check_registers(const Table& table) {
 int main(int argc, char** argv) {
   int rounds = argc > 1 ? std::atoi(argv[1]) : 40;
   check_pool();
-  for (const char* name : {"baseline", "avx2", "avx512", "vbmi", "amx"}) {
+  for (const char* name : {"baseline", "neon", "avx2", "avx512", "vbmi", "amx"}) {
     if (!choose(name)) {
       std::printf("%s: not on this processor\n", name);
       continue;
@@ -415,6 +434,7 @@ int main(int argc, char** argv) {
       for (float bad : {std::nanf(""), HUGE_VALF, -HUGE_VALF}) check_not_finite(pool, chosen(), bad);
     }
     check_registers(chosen());
+    check_sharing(chosen());
     std::printf("%s: as float64 says\n", name);
   }
   std::printf("%ld numbers checked\n", checks);

@@ -3,6 +3,8 @@
 // group: q (s n + b) = s (q n) + b (sum of q), and the weights take the values' scales.
 #pragma once
 
+#include <utility>
+
 #include "mlx_llama_kernels/stored.h"
 
 namespace mlk::MLK_ISA {
@@ -11,6 +13,19 @@ constexpr size_t STRIP = 128;               // rows at once
 constexpr int AT_ONCE = W == 16 ? 4 : 2;    // queries whose sums fit into registers
 constexpr size_t most_groups = most_dim / 32;
 
+// Where lane `lane` of the next round comes from: each block of K lanes belongs to one sum, and
+// becomes half as long.
+template <int K>
+constexpr int origin(int lane) {
+  int half = K / 2, block = lane / half;
+  return block / 2 * K + lane % half + (block % 2 ? W : 0);
+}
+template <int K, int... LANES>
+static inline F halved(F a, F b, std::integer_sequence<int, LANES...>) {
+  return __builtin_shufflevector(a, b, origin<K>(LANES)...) +
+         __builtin_shufflevector(a, b, (origin<K>(LANES) + K / 2)...);
+}
+
 // Lane i of the result is the sum of the lanes of v[i], for W vectors, which are used up.
 template <int K = W>
 static inline F sums_of(F* v) {
@@ -18,14 +33,7 @@ static inline F sums_of(F* v) {
     return v[0];
   } else {
     constexpr int half = K / 2;
-    I low, high;  // each block of K lanes belongs to one sum, and becomes half as long
-    for (int lane = 0; lane < W; ++lane) {
-      int block = lane / half, at = block / 2 * K + lane % half + (block % 2 ? W : 0);
-      low[lane] = at, high[lane] = at + half;
-    }
-    for (int i = 0; i < half; ++i) {
-      v[i] = __builtin_shuffle(v[i], v[i + half], low) + __builtin_shuffle(v[i], v[i + half], high);
-    }
+    for (int i = 0; i < half; ++i) v[i] = halved<K>(v[i], v[i + half], std::make_integer_sequence<int, W>{});
     return sums_of<half>(v);
   }
 }

@@ -10,6 +10,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "mlx_llama_kernels/table.h"
@@ -45,15 +47,17 @@ static inline F load(const bf16* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return (F)(__builtin_convertvector(v, U) << 16);
 }
-static inline F load(const _Float16* p) {
-#if defined(__AVX512F__)
+static inline F load(const f16* p) {
+#if MLK_LANES == 16
   return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__F16C__)
+#elif MLK_LANES == 8
   return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__)
+  return (F)vcvt_f32_f16(vld1_f16(p));
 #else
   F v;
   for (int lane = 0; lane < W; ++lane) {
-    _Float16 half;
+    f16 half;
     __builtin_memcpy(&half, p + lane, sizeof half);
     v[lane] = float(half);
   }
@@ -98,10 +102,13 @@ static inline void turn(F rows[W]) {
 
 // Lane i of the result is lane lanes[i] of v.
 static inline F pick(F v, I lanes) {
-#if defined(__AVX512F__)
+#if MLK_LANES == 16
   return (F)_mm512_permutexvar_ps((__m512i)lanes, (__m512)v);
-#elif defined(__AVX2__)
+#elif MLK_LANES == 8
   return (F)_mm256_permutevar8x32_ps((__m256)v, (__m256i)lanes);
+#elif defined(__aarch64__)
+  U bytes = (U)lanes * 0x04040404u + 0x03020100u;
+  return (F)vqtbl1q_u8((uint8x16_t)v, (uint8x16_t)bytes);
 #else
   F picked;
   for (int lane = 0; lane < W; ++lane) picked[lane] = v[lanes[lane]];
@@ -109,7 +116,7 @@ static inline F pick(F v, I lanes) {
 #endif
 }
 
-#if defined(__AVX512VBMI__)
+#if MLK_LANES == 16 && defined(__AVX512VBMI__)
 // n numbers (a multiple of 8, at most 64) of a stream of bits, lowest first, as bytes.
 template <int BITS>
 static inline __m512i unpack64(const void* from, size_t n) {
@@ -153,7 +160,7 @@ static inline float widen(bf16 x) {
   __builtin_memcpy(&value, &bits, 4);
   return value;
 }
-static inline float widen(_Float16 x) { return float(x); }
+static inline float widen(f16 x) { return float(x); }
 
 static inline void narrow(float x, float& out) { out = x; }
 static inline void narrow(float x, bf16& out) {
@@ -163,7 +170,7 @@ static inline void narrow(float x, bf16& out) {
   // A NaN stays one: rounding its last bits could carry into an infinity.
   out.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
 }
-static inline void narrow(float x, _Float16& out) { out = _Float16(x); }
+static inline void narrow(float x, f16& out) { out = f16(x); }
 
 template <class T>
 static inline void widen_row(const T* from, float* to, size_t n) {
@@ -181,7 +188,7 @@ template <class Fn>
 static inline void typed(Type type, Fn f) {
   if (type == Type::f32) f((float*)nullptr);
   else if (type == Type::bf16) f((bf16*)nullptr);
-  else f((_Float16*)nullptr);
+  else f((f16*)nullptr);
 }
 
 static inline void widen_row(Type type, const void* from, size_t first, float* to, size_t n) {

@@ -34,7 +34,7 @@ struct Words {
 
 // Packed numbers that cross words, as 3, 5 and 6 bits do: one stream of bits, lowest first, in which
 // eight numbers take as many bytes as a number has bits.
-#if defined(__AVX512VBMI__)
+#if MLK_LANES == 16 && defined(__AVX512VBMI__)
 template <int BITS>
 struct Stream : Words<8> {
   static constexpr int BYTES = 8 * BITS;
@@ -61,7 +61,7 @@ struct Stream {
  private:
   // In each lane the bits from its number's first on; lane 0 holds number `first` of the bytes.
   static inline U windows(const char* from, int first) {
-#if defined(__AVX2__)
+#if MLK_LANES >= 8
     struct alignas(64) Bytes { uint8_t at[4 * W]; };
     static constexpr Bytes places = [] {
       Bytes b{};
@@ -76,7 +76,7 @@ struct Stream {
     }();
     (void)first;
     __m256i eight = _mm256_set1_epi64x(*(const Unaligned*)from);
-#if defined(__AVX512F__)
+#if MLK_LANES == 16
     __m256i next = _mm256_set1_epi64x(*(const Unaligned*)(from + BITS));
     __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(eight), next, 1);
     return (U)_mm512_shuffle_epi8(both, (__m512i)load_bits(&places)) >> load_bits(&shifts);

@@ -15,8 +15,13 @@ static void rms_norm(const Rows& x, const void* weight, Type weight_type, float 
     for (size_t k = 0; k < x.n; k += PIECE) {
       size_t n = x.n - k < PIECE ? x.n - k : PIECE;
       widen_row(x.type, x.data, m * x.n + k, piece, n);
-      for (size_t i = n; i % W; ++i) piece[i] = 0;
-      for (size_t i = 0; i < n; i += W) squares += load(piece + i) * load(piece + i);
+      for (size_t i = n; i % (4 * W); ++i) piece[i] = 0;
+      // Squares have one sign, so rounding adds up: short sums, then their sum.
+      F parts[4] = {};
+      for (size_t i = 0; i < n; i += 4 * W) {
+        for (int p = 0; p < 4; ++p) parts[p] += load(piece + i + p * W) * load(piece + i + p * W);
+      }
+      squares += (parts[0] + parts[1]) + (parts[2] + parts[3]);
     }
     float scale = 1.0f / __builtin_sqrtf(sum(squares) / float(x.n) + eps);
     for (size_t k = 0; k < x.n; k += PIECE) {

@@ -27,7 +27,7 @@ static inline U widen_bytes(const char* from) {
 static inline F load_wide(const bf16* from) {
   return (F)((U)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)from)) << 16);
 }
-static inline F load_wide(const _Float16* from) {
+static inline F load_wide(const f16* from) {
   return (F)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)from));
 }
 #elif MLK_LANES == 8
@@ -37,15 +37,13 @@ static inline U widen_bytes(const char* from) {
 static inline F load_wide(const bf16* from) {
   return (F)((U)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)) << 16);
 }
-static inline F load_wide(const _Float16* from) {
+static inline F load_wide(const f16* from) {
   return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 }
 #else
 template <class T>
 static inline F load_wide(const T* from) {
-  float wide[W];
-  for (int lane = 0; lane < W; ++lane) wide[lane] = widen(from[lane]);
-  return load(wide);
+  return load(from);
 }
 #endif
 
@@ -155,7 +153,7 @@ static inline void unpack_row(const Reader& reader, const Stored& x, size_t batc
     widen_row(x.scales.type, x.scales.data, place(x.scales, batch, head, row), scales, groups_of(x));
     widen_row(x.biases.type, x.biases.data, place(x.biases, batch, head, row), biases, groups_of(x));
     for (size_t d = 0; d < dim; d += W) {
-      F number = __builtin_shuffle(reader.vector(row, d), order);
+      F number = pick(reader.vector(row, d), order);
       store(to + d, number * scales[d / group] + biases[d / group]);
     }
   }

@@ -14,6 +14,11 @@ enum class Type { f32, bf16, f16 };
 struct bf16 {
   uint16_t bits;
 };
+#if defined(__aarch64__)
+typedef __fp16 f16;  // GCC has no _Float16 in C++ there before release 13
+#else
+typedef _Float16 f16;
+#endif
 
 inline size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 

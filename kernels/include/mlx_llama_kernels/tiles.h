@@ -67,7 +67,7 @@ static inline __m512 load_some(const bf16* p, size_t n) {
   __m256i half = _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
-static inline __m512 load_some(const _Float16* p, size_t n) {
+static inline __m512 load_some(const f16* p, size_t n) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
 }
 
@@ -190,7 +190,7 @@ static inline void unpack_row(const char* row, size_t start, size_t depth, uint1
 
 template <class T>
 static inline void split_row(const T* row, size_t depth, uint16_t* to) {
-  constexpr size_t TERMS = std::is_same_v<T, bf16> ? 1 : std::is_same_v<T, _Float16> ? 2 : MOST_TERMS;
+  constexpr size_t TERMS = std::is_same_v<T, bf16> ? 1 : std::is_same_v<T, f16> ? 2 : MOST_TERMS;
   for (size_t k = 0; k < depth; k += STEP, to += step_size(TERMS)) {
     size_t n = depth - k < STEP ? depth - k : STEP, left = n < SIDE ? n : SIDE;
     if constexpr (TERMS == 1) {
