@@ -136,7 +136,9 @@ class Session:
         if not self.can_continue:
             raise OptionError("no answer was cut: there is nothing to continue")
         given, begun, prompt = self.messages[:-1], self.messages[-1], self.prompt_format
-        checked = generation_options({"seed": begun.seed, **options})
+        if options.get("seed") is None:
+            options["seed"] = begun.seed
+        checked = generation_options(options)
         encoded = prompt.encode(self.messages, date=date, continue_last=True)
         at_start = prompt.strips_leading_space and not begun.content
         if begun.token_ids:
@@ -293,6 +295,11 @@ class Session:
             for step in turn.steps:
                 if (taken := turn.take(step)) is not None:
                     yield taken
+        except GeneratorExit:
+            raise
+        except BaseException:
+            turn.trimmed = []  # a token that was queued may have been written over the old rows
+            raise
         finally:
             if self._turn is turn:
                 self._settle(turn)

@@ -204,7 +204,8 @@ def test_question_without_an_answer_is_taken_back_by_the_next(chat_model: Path) 
     assert session.messages == alone.messages
 
 
-def test_answer_goes_on_with_its_own_seed(llama: Llama) -> None:
+@pytest.mark.parametrize("unset", [{}, {"seed": None}])
+def test_answer_goes_on_with_its_own_seed(llama: Llama, unset: dict[str, Any]) -> None:
     """Once the seed of the last answer was taken, whichever answer went on."""
     options: dict[str, Any] = {"temperature": 1.5, "top_p": 1.0, "ignore_eos": True}
     whole, cut = begin(llama), begin(llama)
@@ -213,7 +214,7 @@ def test_answer_goes_on_with_its_own_seed(llama: Llama) -> None:
     assert cut.messages[-1].seed == 11
     answer(cut, "the", max_tokens=6, **{**options, "seed": 12})
     cut.undo()
-    list(cut.continue_answer(max_tokens=14, **options))
+    list(cut.continue_answer(max_tokens=14, **options, **unset))
     assert cut.messages == whole.messages
     assert cut.messages[-1].seed == 11
 
@@ -285,6 +286,30 @@ def test_first_token_that_comes_after_the_stop_costs_no_answer(
     assert session.messages == before
     for each in (session, other):
         answer(each, "a", max_tokens=8, **{**options, "temperature": 0})
+    assert session.messages == other.messages  # the rows are those of the tokens
+
+
+def test_error_in_a_retry_leaves_no_row_of_another_token(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"temperature": 1.0, "ignore_eos": True, "max_tokens": 8}
+    session, other = begin(llama), begin(llama)
+    for each in (session, other):
+        answer(each, "hello", **options)
+    before = list(session.messages)
+
+    def interrupted(draw: generation._Draw) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation._Draw, "read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(session.retry(seed=5, **{**options, "temperature": 3.0}))
+    assert session.messages == before
+    held, shared = session.cached_share()
+    assert held == shared == session.cache.offset
+    for each in (session, other):
+        answer(each, "a", **{**options, "temperature": 0})
     assert session.messages == other.messages  # the rows are those of the tokens
 
 
