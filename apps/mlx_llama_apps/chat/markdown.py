@@ -1,30 +1,55 @@
 """Draws finished blocks: what rich makes of Markdown, plain enough for any terminal.
 
-Colours are the terminal's own, so that light and dark backgrounds both do. Nothing of the text is
-lost: HTML and reference definitions, which Markdown hides, are shown as they stand.
+The one colour is the terminal's own magenta, which light and dark backgrounds both let be read; no
+background is painted. Nothing of the text is lost: HTML and reference definitions, which Markdown
+hides, are shown as they stand, and so is a block of which something would not be seen.
 """
 
 from __future__ import annotations
 
+import html
 import re
+from collections import Counter
+from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.markdown import Heading, Markdown
+from rich.markdown import CodeBlock, Heading, Markdown, TableElement
 from rich.padding import Padding
 from rich.style import Style
 from rich.syntax import ANSISyntaxTheme, Syntax
 from rich.table import Table
 from rich.text import Text
+from rich.theme import Theme
 
 from mlx_llama_apps.chat.blocks import Block, Kind
 from mlx_llama_apps.terminal import visible
 
+if TYPE_CHECKING:
+    from markdown_it import MarkdownIt
+    from markdown_it.token import Token
+
+COLOUR = "magenta"
+THEME = Theme(
+    {
+        "markdown.code": COLOUR,
+        "markdown.code_block": "none",
+        "markdown.block_quote": "italic",
+        **{f"markdown.h{level}": "bold" for level in range(2, 7)},
+        "markdown.item.number": "none",
+        "markdown.link": "underline",
+        "markdown.link_url": "dim",
+        "markdown.table.border": "dim",
+        "markdown.table.header": "bold",
+    }
+)
 CODE_CONTEXT = 200  # lines before a line of code that its colours may depend on
 _ITEM = re.compile(r"(\s*)([-*+]|\d{1,9}[.)])(\s+)(.*)", re.DOTALL)
 _LEADING = re.compile(r" {0,3}(#{1,6}|>)[ \t]+")  # what a heading or a quotation begins with
 _STRUCTURE = re.compile(r"\A(\d{0,9})((?:[-+*.)#=]+(?=\s|$))|>|`{3}|~{3})")  # at a line's beginning
 _TRAILING = re.compile(r"[ ]+((?:\x1b\[[0-9;]*m)*)$", re.MULTILINE)
+_STYLE = re.compile(r"\x1b\[[0-9;]*m")
+_CUT = "\ue000"  # stands where a block was cut; no word of a language has it
 
 
 def _theme() -> ANSISyntaxTheme:
@@ -36,8 +61,8 @@ def _theme() -> ANSISyntaxTheme:
             Keyword: Style(bold=True),
             Name.Function: Style(bold=True),
             Name.Class: Style(bold=True),
-            String: Style(color="green"),
-            Number: Style(color="cyan"),
+            String: Style(color=COLOUR),
+            Number: Style(color=COLOUR),
         }
     )
 
@@ -51,17 +76,85 @@ class _LeftHeading(Heading):
         yield self.text
 
 
+class _PlainCode(CodeBlock):
+    """Code within a quotation, or by its indent: as it stands, without a frame."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Padding(Text(str(self.text).rstrip()), (0, 0, 0, 4))
+
+
+class _WholeTable(TableElement):
+    """A table whose words are broken where a column is narrower, and never cut."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for table in super().__rich_console__(console, options):
+            if isinstance(table, Table):
+                for column in table.columns:
+                    column.overflow = "fold"
+            yield table
+
+
 class _Markdown(Markdown):
-    elements = {**Markdown.elements, "heading_open": _LeftHeading}  # noqa: RUF012 as rich has it
+    elements = {  # noqa: RUF012 as rich has it
+        **Markdown.elements,
+        "heading_open": _LeftHeading,
+        "code_block": _PlainCode,
+        "fence": _PlainCode,
+        "table_open": _WholeTable,
+    }
 
     def __init__(self, markup: str) -> None:
-        from markdown_it import MarkdownIt
-
-        super().__init__("", hyperlinks=False, inline_code_theme="ansi_dark")
-        parser = MarkdownIt().enable("strikethrough").enable("table")
-        parser.disable(["html_block", "html_inline", "reference"])
+        super().__init__("", hyperlinks=False)
         self.markup = markup
-        self.parsed = parser.parse(markup)
+        self.parsed = _parser().parse(markup)
+        for token in self.parsed:
+            token.children = _without_own_addresses(token.children)
+
+
+def _parser() -> MarkdownIt:
+    from markdown_it import MarkdownIt
+
+    parser = MarkdownIt().enable("strikethrough").enable("table")
+    return parser.disable(["html_block", "html_inline", "reference"])
+
+
+def _without_own_addresses(tokens: list[Token] | None) -> list[Token] | None:
+    """Leave a link whose text is its address a text: rich would show the address twice."""
+    return tokens and [
+        token
+        for token in tokens
+        if not (token.type in ("link_open", "link_close") and token.markup == "autolink")
+    ]
+
+
+def _open_marks(begun: str, rest: str) -> str:
+    """Return the marks of what is bold, slanted, struck, code or a link where a block is cut."""
+    for token in _parser().parse(begun + _CUT + rest):
+        marks: list[str] = []
+        for child in token.children or []:
+            if _CUT in child.content:
+                return "".join([*marks, child.markup if child.type == "code_inline" else ""])
+            if child.nesting > 0:
+                marks.append("[" if child.type == "link_open" else child.markup)
+            elif child.nesting < 0:
+                marks.pop()
+    return ""
+
+
+def _is_whole(raw: str, shown: str) -> bool:
+    """Whether all letters and digits of a text are shown."""
+    wanted, found = html.unescape(raw), _STYLE.sub("", shown)
+    return Counter(filter(str.isalnum, wanted)) <= Counter(filter(str.isalnum, found))
+
+
+def _without_blank_edges(shown: str) -> str:
+    """Return lines without the blank ones round them, which the answer's own blocks are."""
+    lines = shown.split("\n")
+    while lines and not _STYLE.sub("", lines[0]).strip():
+        del lines[0]
+    while lines and not _STYLE.sub("", lines[-1]).strip():
+        del lines[-1]
+    return "".join(f"{line}\n" for line in lines)
 
 
 class Drawing:
@@ -97,23 +190,29 @@ class Drawing:
         if block.kind is not Kind.TEXT:
             return self._printed(Text(rest) if n_left else what, is_wrapped=False)
         what = self._rest(raw[: len(raw) - len(rest)], rest) if n_left else what
-        return _TRAILING.sub(r"\1", self._printed(what))
+        shown, wanted = self._printed(what), rest if n_left else raw
+        shown = shown if _is_whole(wanted, shown) else self._printed(Text(wanted))
+        return _TRAILING.sub(r"\1", _without_blank_edges(shown))
 
     def _rest(self, begun: str, rest: str) -> RenderableType:
         """Return what is behind a block's beginning, as a text of its own."""
         if rest.lstrip().startswith("|"):  # rows of a table without its head
             return Text(rest.rstrip())
         item, leading = _ITEM.fullmatch(begun), _LEADING.match(begun)
-        if not begun.endswith("\n"):
+        marks, is_in_line = _open_marks(begun, rest), not begun.endswith("\n")
+        if marks and (is_in_line or not _LEADING.match(rest)):
+            rest = marks + rest.lstrip()
+        elif is_in_line:
             rest = _STRUCTURE.sub(r"\1\\\2", rest.lstrip())
-            rest = rest if leading is None else leading[0] + rest
+        if is_in_line and leading is not None:
+            rest = leading[0] + rest
         if item is None:
             return _Markdown(rest)
         indent = sum(map(len, item.groups()[:3]))
         return Padding(_Markdown(_dedented(rest)), (0, 0, 0, self._indent(indent)))
 
     def _printed(self, what: RenderableType, *, is_wrapped: bool = True) -> str:
-        with self._console.capture() as capture:
+        with self._console.use_theme(THEME), self._console.capture() as capture:
             self._console.print(what, soft_wrap=not is_wrapped)
         return capture.get()
 

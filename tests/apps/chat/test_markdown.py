@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 
 import pyte
 import pytest
@@ -173,6 +174,13 @@ LONG = "and then it goes on for more than one row of the screen"
         (["one\n", 30, "two\n\n*x*"], ["one", "two", "x"]),
         (["one\n- t", 30, "wo *x*\n- y"], ["one", "- two", "  x", "• y"]),
         (["one\n  ", 30, "\nNext *x*"], ["one", "Next x"]),
+        (["a **one two", 30, " three** *f*\n\n*x*"], ["a **one two", "three f", "x"]),
+        (["a **b *c d", 30, " e* f** g"], ["a **b *c d", "e f g"]),
+        (["use `a b", 30, " *c*` or [d](e)"], ["use `a b", "*c* or d (e)"]),
+        (["see [one two", 30, " three](x) *f*"], ["see [one two", "three (x) f"]),
+        (["- **one two", 30, " three** f\n- g"], ["- **one two", "  three f", "• g"]),
+        (["**one\n", 30, "two** *f*"], ["**one", "two f"]),
+        (["2 ** 3 is", 30, " 8 *f*"], ["2 ** 3 is", "8 f"]),
         (["one wo", 0, "rd *x*\n\ntwo"], ["one wo", "one word x", "two"]),
         (["one two", 30, " three *f", 0, "our*"], ["one two", "three *f", "three four"]),
         (["a wo", 20, "rd " + LONG + "\n\n*x*"],
@@ -184,6 +192,64 @@ def test_screen_that_changes_in_mid_block_breaks_no_word(
 ) -> None:
     """What stands there stays, its word is finished, and the rest has the new width."""
     assert streamed(pieces, monkeypatch) == lines
+
+
+KEPT = [
+    ("![alt](http://img/x.png) here", ["http://img/x.png"]),
+    ("| a |\n|---|\n| `x || y` |\n", ["x || y"]),
+    ('[a](http://x "title")', ["title"]),
+    ("> 1. one\n> 1. two", ["one", "two"]),
+    ("| 意味 | b | c |\n|---|---|---|\n| 日本語日本語日本語 | long-word-there | 1 |\n", ["意味"]),
+]
+
+
+@pytest.mark.parametrize("columns", [10, 20, 60])
+@pytest.mark.parametrize(("text", "parts"), KEPT)
+def test_nothing_is_lost_that_markdown_would_hide(
+    text: str, parts: list[str], columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a picture's address, a cell too many and words of a narrow column were not shown."""
+    shown = "".join("".join(drawn(text, [text], columns, monkeypatch)).split())
+    assert all("".join(part.split()) in shown for part in parts)
+    assert {c for c in text if c.isalnum()} <= set(shown)
+
+
+def test_address_that_is_its_own_text_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert drawn("", ["see <http://a.b/c>."], 60, monkeypatch)[0] == "see http://a.b/c."
+
+
+def test_blocks_are_apart_by_the_answers_own_blank_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = drawn("", ["a\n\n> b\n\n---\n\n| c |\n|---|\n| d |\n\ne"], 20, monkeypatch)
+    text = "\n".join(lines).rstrip()
+    assert re.sub("[-─▌ ]+", "", text).split("\n") == [
+        "a",
+        "",
+        "b",
+        "",
+        "",
+        "",
+        "c",
+        "",
+        "d",
+        "",
+        "e",
+    ]
+
+
+def test_colours_do_on_light_and_dark_backgrounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inline code once had a black background, and indented code a theme for dark terminals."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    out = io.StringIO()
+    shown = View(Console(file=out, force_terminal=True, width=60, color_system="truecolor"))
+    shown.is_terminal = True
+    shown.begin_answer()
+    shown.write(TEXT + "\n    indented *code*\n\n> ```js\n> 1\n> ```\n\n## b\n\n[a](b)\n")
+    shown.end_answer(None, None)
+    codes = {
+        c for found in re.findall(r"\x1b\[([0-9;]*)m", out.getvalue()) for c in found.split(";")
+    }
+    # Bold, dim, slanted, underlined, struck, and the terminal's own magenta.
+    assert {"1", "35"} <= codes <= {"0", "1", "2", "3", "4", "9", "35"}
 
 
 def test_control_characters_of_a_model_reach_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
