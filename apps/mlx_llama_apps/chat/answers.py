@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING
 
 from mlx_llama.errors import ContextOverflowError, OptionError
 from mlx_llama_apps.chat.commands import as_typed
-from mlx_llama_apps.chat.reader import Reader
-from mlx_llama_apps.chat.settings import Settings, with_keys
+from mlx_llama_apps.chat.parts import Parts
+from mlx_llama_apps.chat.settings import with_keys
 from mlx_llama_apps.chat.talk import Talk
-from mlx_llama_apps.chat.view import View
-from mlx_llama_apps.inference import Inference
 from mlx_llama_apps.progress import prefill_progress
 from mlx_llama_apps.terminal import StatusLine
 
@@ -57,18 +55,8 @@ class Attachment:
 class Answers:
     """Asks, asks again and goes on. clear: begins a new chat and says so."""
 
-    def __init__(
-        self,
-        inference: Inference[Talk],
-        view: View,
-        reader: Reader,
-        settings: Settings,
-        clear: Callable[[], None],
-    ) -> None:
-        self._inference = inference
-        self._view = view
-        self._reader = reader
-        self._settings = settings
+    def __init__(self, parts: Parts, clear: Callable[[], None]) -> None:
+        self._parts = parts
         self._clear = clear
         self.attached: list[Attachment] = []
         self._offer = NOTHING
@@ -98,7 +86,7 @@ class Answers:
 
     def edit(self) -> None:
         """Offer the last question to be changed; sent, it takes the old one's place."""
-        messages = self._inference.call(lambda talk: talk.session.messages)
+        messages = self._parts.inference.call(lambda talk: talk.session.messages)
         asked = [message.content for message in messages if message.role == "user"]
         if not asked:
             raise OptionError("nothing was asked yet")
@@ -106,15 +94,15 @@ class Answers:
 
     def retry(self) -> None:
         """Answer the last question anew, with another seed."""
-        if self._settings.value("temperature") == 0:
-            self._view.say(
+        if self._parts.settings.value("temperature") == 0:
+            self._parts.view.say(
                 "temperature is 0, so another seed changes nothing; /set temperature does"
             )
         self._answer(lambda talk, *hooks: talk.retry(*hooks), unbegun=KEPT)
 
     def continue_answer(self) -> None:
         """Go on with a cut answer, shown from its last block."""
-        messages = self._inference.call(
+        messages = self._parts.inference.call(
             lambda talk: talk.session.messages if talk.session.can_continue else []
         )
         begun = messages[-1].content if messages else ""
@@ -140,7 +128,7 @@ class Answers:
         try:
             reason = self._stream(answering, begun, unbegun)
         except ContextOverflowError as error:
-            self._view.say(with_keys(str(error), "/set {}"))
+            self._parts.view.say(with_keys(str(error), "/set {}"))
             self._on_full(
                 lambda: self._answer(answering, unbegun=unbegun, refused=refused, stopped=stopped),
                 refused,
@@ -159,14 +147,18 @@ class Answers:
         """Show an answer as it comes; return why it ended, None when it never began."""
         reason, stats = None, None
         self._is_shown = False
-        hushed = self._reader.hushed(self._inference.interrupt, self._view.resumed)
+        hushed = self._parts.reader.hushed(
+            self._parts.inference.interrupt, self._parts.view.resumed
+        )
         with hushed, StatusLine() as status:
             on_prefill = prefill_progress(status)
             # Until the first slice is over, which may take longer, there is nothing to count.
             waiting = threading.Timer(1.05, status.show, ["reading the prompt"])
             waiting.daemon = True
             waiting.start()
-            steps = self._inference.stream(lambda talk, cancel: answering(talk, cancel, on_prefill))
+            steps = self._parts.inference.stream(
+                lambda talk, cancel: answering(talk, cancel, on_prefill)
+            )
             try:
                 for step in steps:
                     reason, stats = step.finish_reason, step.stats
@@ -174,37 +166,37 @@ class Answers:
                         continue
                     if not self._is_shown:
                         status.close()
-                        self._view.begin_answer(begun)
+                        self._parts.view.begin_answer(begun)
                         self._is_shown = True
-                    self._view.write(step.text)
+                    self._parts.view.write(step.text)
             except BaseException:
                 if self._is_shown:
-                    self._view.end_answer(None, None)
+                    self._parts.view.end_answer(None, None)
                 raise
             finally:
                 waiting.cancel()
         reason = "cancelled" if reason is None else reason
         if not self._is_shown:
-            self._view.say(f"{UNBEGUN.get(reason, reason)}; {unbegun}")
+            self._parts.view.say(f"{UNBEGUN.get(reason, reason)}; {unbegun}")
             return None
-        self._view.end_answer(reason, stats)
+        self._parts.view.end_answer(reason, stats)
         return reason
 
     def _on_full(self, go_on: Callable[[], None], offer: Offer) -> None:
         """Ask what a full context is to do, unless that was decided."""
         self._offer = offer
-        if self._settings.value("on_full") != "ask":
+        if self._parts.settings.value("on_full") != "ask":
             return
-        self._view.say(
+        self._parts.view.say(
             "The context is full. s drops the oldest turns as needed and goes on, n begins a new "
             "chat, Enter leaves it as it is."
         )
-        answer = self._reader.choose("s, n or Enter?")
+        answer = self._parts.reader.choose("s, n or Enter?")
         choice = answer.lower()
         if choice in ("s", "slide"):
             self._offer = NOTHING
-            self._inference.call(lambda talk: talk.set("on_full", "slide"))
-            self._view.say("on_full is slide (/set)")
+            self._parts.inference.call(lambda talk: talk.set("on_full", "slide"))
+            self._parts.view.say("on_full is slide (/set)")
             go_on()
         elif choice in ("n", "new"):
             self._clear()

@@ -183,10 +183,12 @@ def greeting(talk: Talk) -> str:
     base = " (base model)" if llama.kind.is_base else ""
     weights = sum(array.nbytes for array in llama.model.arrays())
     free = "" if plan.found is None else f" of {size(plan.found)} free"
+    most = context.demand.largest_context(plan.found)
+    longer = f", up to {most} would" if most > context.capacity else ""
     return (
-        f"{llama.path.name}: {llama.kind.name}{base}, weights {size(weights)}, context "
-        f"{context.capacity} ({context.reason}) fits: up to {size(plan.total)}{free}; {how} shows "
-        "the commands"
+        f"{llama.path.name}: {llama.kind.name}{base}, weights {size(weights)}; context "
+        f"{context.capacity} ({context.reason}) fits with up to {size(plan.total)}{free}{longer}; "
+        f"{how} shows the commands"
     )
 
 

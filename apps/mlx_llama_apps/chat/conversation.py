@@ -20,6 +20,7 @@ from mlx_llama_apps.chat import export
 from mlx_llama_apps.chat.answers import NOTHING, Answers, Attachment
 from mlx_llama_apps.chat.commands import complete, parse
 from mlx_llama_apps.chat.keeping import Folders
+from mlx_llama_apps.chat.parts import Parts
 from mlx_llama_apps.chat.reader import Line, Reader
 from mlx_llama_apps.chat.settings import Settings, key_named, with_keys
 from mlx_llama_apps.chat.shelf import Shelf, first_line
@@ -48,8 +49,9 @@ class Conversation:
         self._settings = settings
         self._talk = inference.call(lambda talk: talk)  # for what any thread may read
         self._reader = Reader(paths.history_file(), complete=complete, toolbar=self._toolbar)
-        self._answers = Answers(inference, view, self._reader, settings, self.clear)
-        self.shelf = Shelf(inference, view, self._reader, settings, folders)
+        parts = Parts(inference, view, self._reader, settings)
+        self._answers = Answers(parts, self.clear)
+        self.shelf = Shelf(parts, folders)
         self._offer = NOTHING  # what the prompt was begun with
         self._is_leaving = False
 

@@ -110,8 +110,8 @@ class Setting:
 class Settings:
     """Values by source, the first source wins; `recommended` is what the model directory says.
 
-    The configuration file speaks of all models and of terminals too: what the model has no place
-    for, and asking where nobody can be asked, is passed over there.
+    The configuration file and its presets speak of all models and of terminals too: what the model
+    has no place for, and asking where nobody can be asked, is passed over there.
     """
 
     flags: dict[str, Any] = field(default_factory=dict)
@@ -142,12 +142,20 @@ class Settings:
                 raise OptionError(
                     f"--preset {self.preset}: no such preset in {where}; there: {known}"
                 )
-            layers.append((f"preset {self.preset}", presets[self.preset]))
+            layers.append((f"preset {self.preset}", self._fitting(presets[self.preset])))
         if config is not None:
-            fitting = {n: v for n, v in config.values.items() if n not in self.unfit}
-            layers.append((config.path.name, fitting))
+            layers.append((config.path.name, self._fitting(config.values)))
         layers.append((RECOMMENDED, self.recommended))
         return layers
+
+    def _fitting(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {name: value for name, value in values.items() if name not in self.unfit}
+
+    def left_out(self) -> list[str]:
+        """Return what the preset, which was asked for, says in vain: the model has no place."""
+        if self.preset is None or self.config is None:
+            return []
+        return sorted(self.unfit & self.config.presets[self.preset].keys())
 
     def find(self, name: str) -> Setting:
         """Return a setting with its value and where that came from."""

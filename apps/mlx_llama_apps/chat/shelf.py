@@ -9,30 +9,17 @@ from mlx_llama_apps import paths
 from mlx_llama_apps.chat import export
 from mlx_llama_apps.chat.folders import cache_file, find_chat, is_open, saved_chats
 from mlx_llama_apps.chat.keeping import Folders
-from mlx_llama_apps.chat.reader import Reader
-from mlx_llama_apps.chat.settings import KEYS, Settings
+from mlx_llama_apps.chat.parts import Parts
+from mlx_llama_apps.chat.settings import KEYS
 from mlx_llama_apps.chat.store import ChatError, SavedChat, read_chat
-from mlx_llama_apps.chat.talk import Talk
-from mlx_llama_apps.chat.view import View
-from mlx_llama_apps.inference import Inference
 from mlx_llama_apps.terminal import StatusLine, size
 
 
 class Shelf:
     """What /chats, /save and /load do."""
 
-    def __init__(
-        self,
-        inference: Inference[Talk],
-        view: View,
-        reader: Reader,
-        settings: Settings,
-        folders: Folders,
-    ) -> None:
-        self._inference = inference
-        self._view = view
-        self._reader = reader
-        self._settings = settings
+    def __init__(self, parts: Parts, folders: Folders) -> None:
+        self._parts = parts
         self._folders = folders
         self._listed: list[SavedChat] = []  # what was numbered
 
@@ -48,20 +35,20 @@ class Shelf:
             self.resume(self._chat_named(argument))
             return
         chat = self._chat_named(rest.strip())
-        if chat.id == self._inference.call(lambda talk: talk.chat_id):
+        if chat.id == self._parts.inference.call(lambda talk: talk.chat_id):
             raise ChatError(f"chat {chat.id} is the one that is open; /clear begins another")
         if is_open(chat):
             raise ChatError(f"chat {chat.id} is open in another window")
         title = first_line(chat.title)
-        if self._reader.choose(f"Delete {chat.id}, {title}? y/N").lower() in ("y", "yes"):
+        if self._parts.reader.choose(f"Delete {chat.id}, {title}? y/N").lower() in ("y", "yes"):
             chat.path.unlink()
             cache_file(self._folders.caches, chat.id).unlink(missing_ok=True)
-            self._view.say(f"{chat.id} is deleted")
+            self._parts.view.say(f"{chat.id} is deleted")
 
     def _list_chats(self, folder: Path) -> None:
         self._listed = saved_chats(folder)
         if not self._listed:
-            self._view.say("no chat is saved yet")
+            self._parts.view.say("no chat is saved yet")
             return
         rows = []
         for number, chat in enumerate(self._listed, 1):
@@ -70,8 +57,8 @@ class Shelf:
             turns = "1 turn" if chat.n_turns == 1 else f"{chat.n_turns} turns"
             about = f"{turns}, {size(chat.nbytes)}{kept}"
             rows.append((str(number), chat.id, about, first_line(chat.title)))
-        self._view.table(rows)
-        self._view.say("/chats NUMBER opens one, /chats delete NUMBER removes it")
+        self._parts.view.table(rows)
+        self._parts.view.say("/chats NUMBER opens one, /chats delete NUMBER removes it")
 
     def _chat_named(self, name: str) -> SavedChat:
         assert self._folders.chats is not None
@@ -89,7 +76,7 @@ class Shelf:
         }
         with StatusLine() as status:
             status.show("restoring the cache")
-            how = self._inference.call(
+            how = self._parts.inference.call(
                 lambda talk: talk.resume(chat, is_saved=is_saved, settings=settings)
             )
         self.show_resumed(chat, how)
@@ -97,32 +84,32 @@ class Shelf:
     def show_resumed(self, chat: SavedChat, how: str) -> None:
         """Say how a chat was taken up, and show where it ended."""
         damaged = f"; {chat.n_damaged} damaged lines were left out" if chat.n_damaged else ""
-        self._view.say(f"{chat.id}, {len(chat.messages)} messages: {how}{damaged}")
+        self._parts.view.say(f"{chat.id}, {len(chat.messages)} messages: {how}{damaged}")
         for message in chat.messages[-2:]:
             if message.role != "system":
-                self._view.show_message(message.role, message.content)
+                self._parts.view.show_message(message.role, message.content)
         if chat.messages and chat.messages[-1].is_cut:
-            self._view.say("the last answer was cut; /continue goes on")
+            self._parts.view.say("the last answer was cut; /continue goes on")
 
     def save(self, name: str) -> None:
         """Write the chat to a file."""
         path = paths.user_path(name)
-        messages, model, tokenizer = self._inference.call(
+        messages, model, tokenizer = self._parts.inference.call(
             lambda talk: (talk.session.messages, talk.llama.path.name, talk.tokenizer)
         )
         if path.exists():
-            answer = self._reader.choose(f"{path} exists. Replace it? y/N")
+            answer = self._parts.reader.choose(f"{path} exists. Replace it? y/N")
             if answer.lower() not in ("y", "yes"):
                 return
         content = export.render(
             path,
             messages,
             model=model,
-            settings=self._settings.explicit(),
+            settings=self._parts.settings.explicit(),
             tokenizer=tokenizer,
         )
         export.write_private(path, content)
-        self._view.say(f"{len(messages)} messages written to {path}")
+        self._parts.view.say(f"{len(messages)} messages written to {path}")
 
     def load(self, name: str) -> None:
         """Take up a chat from a file, as a new chat."""

@@ -192,6 +192,11 @@ class Talk:
             "date": self._can_encode([Message("user", "a")], date="26 Jul 2024"),
         }
         self._settings.unfit = frozenset(name for name, can in has_place.items() if not can)
+        for name in self._settings.left_out():
+            self.notices.put(
+                f"{name} of preset {self._settings.preset} is left out: {self.llama.path.name} "
+                f"({self.llama.kind.name}) has no place for one"
+            )
         self._check_biases()
 
     def _can_encode(self, messages: list[Message], *, date: str | None = None) -> bool:

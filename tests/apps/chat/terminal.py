@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import sys
 import time
@@ -143,3 +145,29 @@ class Terminal:
         """End it as a crash would."""
         self.child.kill(signal.SIGKILL)
         self.child.close(force=True)
+
+
+Start = Callable[..., Terminal]
+
+
+def saved(home: Path) -> list[Path]:
+    return sorted((home / "data" / "chats").glob("*.jsonl"))
+
+
+def records(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def messages(path: Path) -> list[tuple[str, str]]:
+    from mlx_llama_apps.chat.store import read_chat
+
+    return [(m.role, m.content) for m in read_chat(path).messages]
+
+
+def new_tokens(terminal: Terminal) -> list[int]:
+    text = terminal.flat
+    return [int(n) for n in re.findall(r"prompt (\d+) new tokens", text)]
+
+
+def said(home: Path) -> list[str]:
+    return [content for _, content in messages(saved(home)[-1])]
