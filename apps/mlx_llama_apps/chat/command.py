@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -147,12 +148,17 @@ def _begin(
 
 
 def _converse(path: Path, settings: Settings, folders: Folders, saved: SavedChat | None) -> None:
+    from mlx_llama_apps.chat.hush import hushed
     from mlx_llama_apps.inference import Inference
 
     # The line editor and rich are imported while the weights are read.
     threading.Thread(target=_import_screen, daemon=True).start()
     status = StatusLine()
-    with status, Inference(_begin(path, settings, folders, saved, status)) as inference:
+    with status, ExitStack() as stack:
+        with hushed():  # what is typed meanwhile waits for the prompt
+            inference = stack.enter_context(
+                Inference(_begin(path, settings, folders, saved, status))
+            )
         status.close()
         _talk_at_terminal(inference, settings, folders, saved)
 

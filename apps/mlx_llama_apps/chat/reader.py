@@ -8,14 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import signal
-import sys
-import termios
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app, run_in_terminal
@@ -31,6 +26,8 @@ from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.styles import Style
+
+from mlx_llama_apps.chat.hush import hushed
 
 PROMPT = "> "
 QUOTES = '"""'
@@ -214,39 +211,15 @@ class Reader:
     def hushed(
         self, on_interrupt: Callable[[], None], on_resume: Callable[[], None]
     ) -> Iterator[None]:
-        """Do not echo what is typed while an answer streams; it waits for the next prompt.
+        """Keep what is typed while an answer streams for the next prompt.
 
-        While the program is stopped (Ctrl-Z) the terminal is as it was before. on_interrupt: called
-        when Ctrl-C was typed before the terminal made a signal of it. on_resume: called by a signal
-        handler when the program goes on after it was stopped.
+        on_interrupt: called when Ctrl-C was typed before the terminal made a signal of it.
+        on_resume: called by a signal handler when the program goes on after it was stopped.
         """
-        try:
-            descriptor = sys.stdin.fileno()
-            before = termios.tcgetattr(descriptor)
-        except (OSError, ValueError, termios.error):
+        with hushed(on_resume) as descriptor:
+            if descriptor is not None and self._took_interrupt(descriptor):
+                on_interrupt()
             yield
-            return
-        quiet = termios.tcgetattr(descriptor)
-        # Without NOFLSH the terminal would drop it with Ctrl-C; with ICANON, keep it for a line.
-        quiet[3] = (quiet[3] & ~(termios.ECHO | termios.ICANON)) | termios.NOFLSH
-
-        def leave() -> None:
-            termios.tcsetattr(descriptor, termios.TCSANOW, before)
-
-        def enter() -> None:
-            # In the background the terminal is another's.
-            if os.tcgetpgrp(descriptor) == os.getpgrp():
-                termios.tcsetattr(descriptor, termios.TCSANOW, quiet)
-            on_resume()
-
-        termios.tcsetattr(descriptor, termios.TCSANOW, quiet)
-        try:
-            with _stoppable(leave, enter):
-                if self._took_interrupt(descriptor):
-                    on_interrupt()
-                yield
-        finally:
-            leave()
 
     def _took_interrupt(self, descriptor: int) -> bool:
         """Take Ctrl-C out of what was typed behind the last message; the rest waits."""
@@ -258,28 +231,3 @@ class Reader:
         rest = [key for key in keys if key.key != Keys.ControlC]
         store_typeahead(source, rest)
         return len(rest) < len(keys)
-
-
-@contextlib.contextmanager
-def _stoppable(on_stop: Callable[[], None], on_resume: Callable[[], None]) -> Iterator[None]:
-    """Call these before Ctrl-Z stops the program, and when it goes on."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        del frame
-        on_stop()
-        signal.signal(number, signal.SIG_DFL)
-        signal.pthread_kill(threading.get_ident(), number)  # stops here
-        signal.signal(number, stop)
-        on_resume()  # where no shell could let it go on it has not stopped, and no SIGCONT comes
-
-    def resume(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        on_resume()
-
-    found = [(signal.SIGTSTP, stop), (signal.SIGCONT, resume)]
-    before = [(number, signal.signal(number, handler)) for number, handler in found]
-    try:
-        yield
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pexpect
 import pyte
 
-PROMPT_BEGINS = "\x1b[?2004h"  # from here on the terminal marks what is pasted
+PROMPT_BEGINS = "\x1b[6n"  # the line editor asks where the cursor is
 CODE = "from mlx_llama_apps.entry import run_main; run_main()"
 
 

@@ -86,6 +86,34 @@ def test_paste_of_two_hundred_lines_is_one_message(
     again.expect("three")
 
 
+def test_paste_that_comes_too_early_is_one_message(
+    home: Path, chat_model: Path, start: Start
+) -> None:
+    """While the model is loaded, or an answer streams, each line was once a message of its own."""
+    terminal = Terminal(home, chat_model, "--max-tokens", 60, "--ignore-eos")
+
+    def paste(*lines: str) -> None:
+        """Do what a terminal does: mark it where that was asked for, else type it."""
+        asked = terminal.raw.rpartition("\x1b[?2004")[2][:1] == "h"
+        frame = ("\x1b[200~", "\x1b[201~") if asked else ("", "")
+        terminal.send("\r".join(lines).join(frame))
+
+    terminal.until(lambda: "\x1b[?2004" in terminal.raw, "beginning")
+    paste("one", "two")
+    terminal.expect("> one two")
+    terminal.send("\r")
+    terminal.until(lambda: any(messages(path)[1:] for path in saved(home)), "answer")
+    terminal.feed(0)
+    paste("three", "four", "five")
+    terminal.expect("> three four five")
+    terminal.send("\r")
+    terminal.expect("peak", times=2)
+    terminal.prompt()
+    said = [content for role, content in messages(saved(home)[0]) if role == "user"]
+    assert said == ["one\ntwo", "three\nfour\nfive"]
+    assert terminal.leave() == 0
+
+
 def test_editor_opens_the_draft_and_tab_completes(
     home: Path, tmp_path: Path, chat_model: Path, start: Start
 ) -> None:
