@@ -28,6 +28,18 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     }
 
 
+def speaking(pieces: list[str], *, pause_s: float = 0.01) -> str:
+    """Return the program's code with the model's words replaced, one piece a token."""
+    return (
+        "import time; from mlx_llama import generation as g\n"
+        f"pieces = iter({pieces!r})\n"
+        "def add(self, token):\n"
+        f"    time.sleep({pause_s})\n"
+        "    return next(pieces), None\n"
+        "g._Output.add = add\n" + CODE
+    )
+
+
 class Terminal:
     """A running chat behind a screen of so many columns and lines."""
 

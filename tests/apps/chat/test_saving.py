@@ -128,3 +128,17 @@ def test_cache_of_another_model_is_read_anew(
     other.enter("world")
     assert said(home)[::2] == ["hello", "world"]
     assert other.leave() == 0
+
+
+def test_caches_that_may_take_nothing_are_not_kept(
+    home: Path, chat_model: Path, start: Start
+) -> None:
+    terminal = start(chat_model, "--max-tokens", 3, "--chat-cache-bytes", 0)
+    terminal.enter("hello")
+    assert terminal.leave() == 0
+    assert not list((home / "cache").rglob("*.safetensors"))
+    resumed = start(chat_model, "--resume", "--max-tokens", 3)
+    resumed.expect("its cache was not kept: it is read anew")
+    resumed.enter("world")
+    assert resumed.leave() == 0
+    assert len(list((home / "cache").rglob("*.safetensors"))) == 1

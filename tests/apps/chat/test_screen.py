@@ -7,22 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from terminal import CODE, Start, Terminal, messages, saved
+from terminal import Start, Terminal, messages, saved, speaking
 
 
 def test_resize_in_mid_answer_breaks_no_word(home: Path, chat_model: Path) -> None:
     """The model's words are replaced by some that can be told apart."""
     words = [f"word{number:04}" for number in range(80)]
-    speaking = (
-        "import time; from mlx_llama import generation as g\n"
-        "pieces = [half for n in range(80) for half in ('wor', f'd{n:04} ')]\n"
-        "pieces = iter([*pieces, '\\n\\n', 'end', 'ed'])\n"
-        "def add(self, token):\n"
-        "    time.sleep(0.01)\n"
-        "    return next(pieces), None\n"
-        "g._Output.add = add\n" + CODE
-    )
-    argv = [sys.executable, "-c", speaking, "chat", str(chat_model), "--max-tokens", "163"]
+    pieces = [half for word in words for half in (word[:3], f"{word[3:]} ")]
+    code = speaking([*pieces, "\n\n", "end", "ed"])
+    argv = [sys.executable, "-c", code, "chat", str(chat_model), "--max-tokens", "163"]
     terminal = Terminal(home, argv=argv, columns=45)  # five words fill a row
     terminal.prompt()
     terminal.send("hello\r")
@@ -33,6 +26,21 @@ def test_resize_in_mid_answer_breaks_no_word(home: Path, chat_model: Path) -> No
     terminal.expect("ended")
     terminal.prompt()
     assert re.findall(r"w\S+", terminal.text.partition("> hello")[2].partition("ended")[0]) == words
+    assert terminal.leave() == 0
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_answers_are_coloured_but_where_nobody_wants_it(
+    home: Path, chat_model: Path, no_color: str
+) -> None:
+    pieces = ["Use `co", "de`:\n\n", "```python\nx = 1\n```\n", "日本語 🙂 **bo", "ld**\n"]
+    argv = [sys.executable, "-c", speaking(pieces), "chat", str(chat_model), "--max-tokens", "5"]
+    terminal = Terminal(home, argv=argv, NO_COLOR=no_color)
+    terminal.prompt()
+    terminal.enter("hello")
+    assert "Use code: ```python x = 1 ``` 日本語 🙂 bold" in terminal.flat
+    assert ("\x1b[35m" in terminal.raw) == (not no_color)
+    assert "\x1b[1mbold" in terminal.raw  # no colour
     assert terminal.leave() == 0
 
 

@@ -6,10 +6,11 @@ import base64
 import os
 import re
 import stat
+import sys
 import time
 from pathlib import Path
 
-from terminal import Start, Terminal, messages, new_tokens, records, saved
+from terminal import CODE, Start, Terminal, messages, new_tokens, records, saved
 
 
 def test_conversation_is_saved_and_resumed_with_its_cache(
@@ -143,6 +144,27 @@ def test_editor_opens_the_draft_and_tab_completes(
     terminal.expect("peak", times=2)
     assert [role for role, _ in messages(saved(home)[0])] == ["user", "assistant"]
     assert messages(saved(home)[0])[0][1].endswith("hello again")
+
+
+def test_long_prompt_shows_how_far_it_is_read_and_how_long_it_takes(
+    home: Path, chat_model: Path
+) -> None:
+    slow = (
+        "import time; from mlx_llama import generation as g; run = g._prefill_pass\n"
+        "def late(*arguments):\n"
+        "    time.sleep(0.1)\n"
+        "    return run(*arguments)\n"
+        "g._prefill_pass = late\n" + CODE
+    )
+    argv = [sys.executable, "-c", slow, "chat", str(chat_model), "--max-tokens", "3"]
+    terminal = Terminal(home, argv=[*argv, "--prefill-chunk", "8"])
+    terminal.prompt()
+    terminal.send("thing " * 60 + "\r")
+    pattern = r"reading the prompt: \d+ of \d+ tokens, \d+ a second, \d+ s left"
+    terminal.until(lambda: re.search(pattern, terminal.flat) is not None, "progress")
+    terminal.expect("peak")
+    assert "reading the prompt" not in terminal.flat  # it has gone
+    assert terminal.leave() == 0
 
 
 def test_full_context_asks(home: Path, chat_model: Path, start: Start) -> None:
