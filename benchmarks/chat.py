@@ -1,6 +1,6 @@
 """Measures the chat as a person meets it, at a pseudo-terminal.
 
-    python benchmarks/chat.py MODEL [MODEL ...] [--interrupts 60] [--rounds 5] [--undo-tokens 8192]
+    python benchmarks/chat.py MODEL [MODEL ...] [--interrupts 60] [--rounds 5] [--undo-tokens 8000]
 
 Start: from exec to the prompt, the model in the disk's cache. Target: a second for a 1B model of 4
 bits. Ctrl-C: from the byte to the prompt, at random moments of a prompt's reading and of an answer;
@@ -27,9 +27,9 @@ from typing import Self
 
 from measuring import await_quiet, print_table, spread
 
-# From here on the terminal marks what is pasted; and no longer.
-PROMPT, NO_PROMPT = b"\x1b[?2004h", b"\x1b[?2004l"
-ASKS_FOR_CURSOR, CURSOR = b"\x1b[6n", b"\x1b[1;1R"
+# How the line editor begins, by asking where the cursor is, and how it ends.
+PROMPT, NO_PROMPT = b"\x1b[6n", b"\x1b[?2004l"
+CURSOR = b"\x1b[1;1R"
 PATIENCE_S = 120
 CLEAR_DRAFT, CTRL_C, CTRL_D = "\x15", "\x03", "\x04"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -88,7 +88,7 @@ class Chat:
                 text = os.read(self._terminal, 1 << 16)
             except OSError as error:
                 raise SystemExit(f"the chat has ended: {self._seen[-500:]!r}") from error
-            if ASKS_FOR_CURSOR in text:
+            if PROMPT in text:
                 os.write(self._terminal, CURSOR)
             self._seen += text
             seconds = 0
@@ -186,7 +186,7 @@ def undos(
     """
     dice = random.Random(n_tokens)
     found: dict[str, list[float]] = {"/system": [], "/undo": [], "/undo, resumed": []}
-    options = ("--kv-bits", bits, "--context", n_tokens + 512, "--max-tokens", 2, "--ignore-eos")
+    options = ("--kv-bits", bits, "--context", n_tokens + 192, "--max-tokens", 2, "--ignore-eos")
     with Chat(home, model, *options) as chat:
         chat.enter("a beginning")
         while (missing := n_tokens - chat.n_tokens()) > 100:
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("models", metavar="MODEL", nargs="+", type=Path)
     parser.add_argument("--interrupts", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--undo-tokens", type=int, default=8192)
+    parser.add_argument("--undo-tokens", type=int, default=8000)
     given = parser.parse_args()
     dice = random.Random(1)
     with tempfile.TemporaryDirectory() as folder:
