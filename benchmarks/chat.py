@@ -1,6 +1,6 @@
 """Measures the chat as a person meets it, at a pseudo-terminal.
 
-    python benchmarks/chat.py MODEL [MODEL ...] [--interrupts 60] [--rounds 5] [--undo-tokens 8000]
+    python benchmarks/chat.py MODEL [MODEL ...] [--interrupts 60] [--rounds 5] [--undo-tokens 7680]
 
 Start: from exec to the prompt, the model in the disk's cache. Target: a second for a 1B model of 4
 bits. Ctrl-C: from the byte to the prompt, at random moments of a prompt's reading and of an answer;
@@ -186,7 +186,7 @@ def undos(
     """
     dice = random.Random(n_tokens)
     found: dict[str, list[float]] = {"/system": [], "/undo": [], "/undo, resumed": []}
-    options = ("--kv-bits", bits, "--context", n_tokens + 192, "--max-tokens", 2, "--ignore-eos")
+    options = ("--kv-bits", bits, "--context", n_tokens + 512, "--max-tokens", 2, "--ignore-eos")
     with Chat(home, model, *options) as chat:
         chat.enter("a beginning")
         while (missing := n_tokens - chat.n_tokens()) > 100:
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("models", metavar="MODEL", nargs="+", type=Path)
     parser.add_argument("--interrupts", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--undo-tokens", type=int, default=8000)
+    parser.add_argument("--undo-tokens", type=int, default=7680)
     given = parser.parse_args()
     dice = random.Random(1)
     with tempfile.TemporaryDirectory() as folder:

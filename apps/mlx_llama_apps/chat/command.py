@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from mlx_llama.errors import OptionError
+from mlx_llama.errors import MlxLlamaError, OptionError
 from mlx_llama_apps import bundled, paths
 from mlx_llama_apps.flags import ChatContextFlags, ChatFlags, GenerationFlags, LoadFlags, given
 from mlx_llama_apps.terminal import StatusLine, read_stdin, size
@@ -100,7 +100,15 @@ def _model_path(model: str | None, saved: SavedChat | None, is_interactive: bool
     if model is not None:
         return paths.resolve_model(model)
     if saved is not None and saved.model:
-        return paths.resolve_model(saved.model)
+        from mlx_llama_apps.chat.store import ChatError
+
+        try:
+            return paths.resolve_model(saved.model)
+        except MlxLlamaError as error:
+            raise ChatError(
+                f"--resume: the model of chat {saved.id} is not there any more; name one: "
+                f"mlx-llama chat MODEL --resume {saved.id} ({error})"
+            ) from error
     from mlx_llama_apps.chat.choice import choose_model, models_at_hand
 
     found = models_at_hand()

@@ -80,3 +80,19 @@ def test_nothing_to_answer_is_told(home: Path, chat_model: Path) -> None:
     done = run(home, "chat", chat_model, given="")
     assert done.returncode != 0
     assert "standard input is empty" in done.stderr
+
+
+def test_chat_whose_model_has_gone_says_how_to_go_on(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlx_llama import Message
+    from mlx_llama_apps.chat.store import ChatFile
+    from mlx_llama_apps.main import main
+
+    header = {"model": "/gone", "created": "", "tokenizer": "", "settings": {}}
+    file = ChatFile.new(home / "data" / "chats", header=header, on_trouble=lambda _: None)
+    file.sync([Message("user", "hello")])
+    assert main(["chat", "--resume"]) == 1
+    error = capsys.readouterr().err
+    assert f"name one: mlx-llama chat MODEL --resume {file.path.stem}" in error
+    assert len(error.splitlines()) == 1
