@@ -10,9 +10,10 @@ import pyte
 import pytest
 from rich.console import Console
 
-from mlx_llama_apps.chat import view as view_module
+from mlx_llama_apps.chat import streaming
 from mlx_llama_apps.chat.blocks import BlockReader, Kind
-from mlx_llama_apps.chat.view import View, rows_taken
+from mlx_llama_apps.chat.streaming import redrawn, wrapped
+from mlx_llama_apps.chat.view import View
 
 TEXT = """# A title
 
@@ -47,7 +48,7 @@ end 🙂
 
 def drawn(text: str, pieces: list[str], columns: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the screen's lines after an answer that came in pieces."""
-    monkeypatch.setattr(view_module, "_terminal_size", lambda: (columns, 24))
+    monkeypatch.setattr(streaming, "_terminal_size", lambda: (columns, 24))
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=columns, color_system="truecolor")
     shown = View(console)
@@ -103,17 +104,38 @@ def test_blocks_are_finished_as_soon_as_they_cannot_change() -> None:
 @pytest.mark.parametrize(
     ("text", "columns", "rows"),
     [
-        ("", 10, 1),
-        ("0123456789", 10, 1),
-        ("0123456789a", 10, 2),
-        ("a\nb", 10, 2),
-        ("日本語日本", 10, 1),
-        ("a日本語日本", 10, 2),
-        ("012345678日", 10, 2),
+        ("", 10, ""),
+        ("0123456789", 10, "0123456789"),
+        ("0123456789a", 10, "0123456789\na"),
+        ("one two", 5, "one \ntwo"),
+        ("one   two", 4, "one \ntwo"),
+        ("one two-and-more x", 5, "one \ntwo-a\nnd-mo\nre x"),
+        ("a\nb", 10, "a\nb"),
+        ("日本語日本語", 10, "日本語日本\n語"),
+        ("a 日本語日本", 10, "a 日本語日\n本"),
+        ("a\u2019b cd", 5, "a\u2019b \ncd"),
+        ("012345678日", 10, "012345678\n日"),
+        ("ab \u2764\ufe0f", 4, "ab \n\u2764\ufe0f"),
+        ("| one two |", 6, "| one \ntwo |"),
     ],
 )
-def test_rows_of_a_text(text: str, columns: int, rows: int) -> None:
-    assert rows_taken(text, columns) == rows
+def test_rows_of_a_text(text: str, columns: int, rows: str) -> None:
+    assert wrapped(text, columns) == rows
+
+
+def test_words_are_moved_whole_while_they_are_written() -> None:
+    """Once the word at the end of a row stood in two until its paragraph was finished."""
+    dice = random.Random(2)
+    words = [dice.choice(["a", "word", "日本", "x" * 14, "it\u2019s"]) for _ in range(60)]
+    text, screen = " ".join(words), pyte.Screen(12, 60)
+    screen.set_mode(pyte.modes.LNM)
+    stream, before = pyte.Stream(screen), ""
+    for end in range(len(text) + 1):
+        after = wrapped(text[:end], 12)
+        stream.feed(redrawn(before, after))
+        before = after
+        shown = [line.rstrip() for line in screen.display]
+        assert "\n".join(shown).rstrip() == re.sub(" +(?=\n|$)", "", after)
 
 
 def streamed(
@@ -125,7 +147,7 @@ def streamed(
     """
     monkeypatch.setenv("TERM", "xterm-256color")
     size = [columns, 24]
-    monkeypatch.setattr(view_module, "_terminal_size", lambda: tuple(size))
+    monkeypatch.setattr(streaming, "_terminal_size", lambda: tuple(size))
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=columns, color_system=None)
     shown = View(console)
