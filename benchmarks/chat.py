@@ -30,7 +30,7 @@ from measuring import await_quiet, print_table, spread
 # How the line editor begins, by asking where the cursor is, and how it ends.
 PROMPT, NO_PROMPT = b"\x1b[6n", b"\x1b[?2004l"
 CURSOR = b"\x1b[1;1R"
-PATIENCE_S = 120
+PATIENCE_S = 600
 CLEAR_DRAFT, CTRL_C, CTRL_D = "\x15", "\x03", "\x04"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

@@ -87,15 +87,30 @@ class Conversation:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        def on_signal(number: int, frame: FrameType | None) -> None:
+        def on_interrupt(number: int, frame: FrameType | None) -> None:
             del number, frame
             self._inference.interrupt()
 
-        before = signal.signal(signal.SIGINT, on_signal)
+        before = signal.signal(signal.SIGINT, on_interrupt)
+        hangup = signal.signal(signal.SIGHUP, self._on_hangup)
+        if hangup is signal.SIG_IGN:  # nohup
+            signal.signal(signal.SIGHUP, hangup)
         try:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGHUP, hangup)
+
+    def _on_hangup(self, number: int, frame: FrameType | None) -> None:
+        """Keep the chat and its cache, as when it is left: the terminal has gone."""
+        del frame
+        signal.signal(number, signal.SIG_IGN)  # shells send it again
+        self._inference.interrupt()
+        self._inference.listen()
+        try:
+            self._inference.call(lambda talk: talk.close())
+        finally:
+            os._exit(128 + number)  # there is nobody to draw or complain to
 
     def _try(self, action: Callable[[], None]) -> None:
         """Do what was asked; no error ends the conversation."""

@@ -11,17 +11,23 @@ from pathlib import Path
 from terminal import CODE, Start, Terminal, messages, records, saved
 
 
-def test_stopped_job_goes_on_where_it_was(home: Path, chat_model: Path) -> None:
-    """Ctrl-Z and fg in mid-answer: the shell has its terminal, and the chat its own again."""
+def stopped_job(home: Path, model: Path, *options: str) -> Terminal:
+    """Start a chat from a shell, and stop it in mid-answer."""
     terminal = Terminal(home, argv=["bash", "--norc", "--noprofile", "-i"], PS1="shell: ")
     terminal.expect("shell:")
-    chat = [sys.executable, "-c", CODE, "chat", str(chat_model), "--ignore-eos", "--seed", "1"]
-    terminal.send(shlex.join([*chat, "--context", "max"]) + "\r")
+    chat = [sys.executable, "-c", CODE, "chat", str(model), "--ignore-eos", "--seed", "1"]
+    terminal.send(shlex.join([*chat, *options]) + "\r")
     terminal.prompt()
     terminal.send("hello\r")
     terminal.until(lambda: any(messages(path)[1:] for path in saved(home)), "answer")
     terminal.send("\x1a")
     terminal.expect("Stopped")
+    return terminal
+
+
+def test_stopped_job_goes_on_where_it_was(home: Path, chat_model: Path) -> None:
+    """Ctrl-Z and fg in mid-answer: the shell has its terminal, and the chat its own again."""
+    terminal = stopped_job(home, chat_model, "--context", "max")
     terminal.send("echo $((40 + 2)) at the shell; stty -a; jobs\r")
     terminal.expect("42 at the shell")
     terminal.expect("Stopped", times=2)
@@ -58,15 +64,7 @@ def test_stopped_job_goes_on_where_it_was(home: Path, chat_model: Path) -> None:
 
 def test_job_in_the_background_answers_and_waits_there(home: Path, chat_model: Path) -> None:
     """Ctrl-Z and bg: the answer goes on to its end, and the shell keeps its terminal."""
-    terminal = Terminal(home, argv=["bash", "--norc", "--noprofile", "-i"], PS1="shell: ")
-    terminal.expect("shell:")
-    chat = [sys.executable, "-c", CODE, "chat", str(chat_model), "--ignore-eos", "--seed", "1"]
-    terminal.send(shlex.join([*chat, "--max-tokens", "400"]) + "\r")
-    terminal.prompt()
-    terminal.send("hello\r")
-    terminal.until(lambda: any(messages(path)[1:] for path in saved(home)), "answer")
-    terminal.send("\x1a")
-    terminal.expect("Stopped")
+    terminal = stopped_job(home, chat_model, "--max-tokens", "400")
     terminal.send("bg\r")
 
     def answer_has_ended() -> bool:

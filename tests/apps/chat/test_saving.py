@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from pathlib import Path
 
+import pytest
 from terminal import CODE, Start, Terminal, messages, said, saved
 
 
@@ -29,6 +31,25 @@ def test_killed_in_mid_answer_loses_at_most_the_last_sentence(
     terminal.enter("/continue")
     assert messages(path)[1][1].startswith(kept)
     assert len(messages(path)) == 2
+
+
+@pytest.mark.parametrize("is_answering", [True, False])
+def test_window_that_is_closed_keeps_all_that_was_said_and_its_cache(
+    home: Path, chat_model: Path, start: Start, is_answering: bool
+) -> None:
+    """Once it ended the program at once: the last sentence and the cache were lost."""
+    terminal = start(chat_model, "--ignore-eos", "--context", 4000, "--max-tokens", 3000)
+    terminal.send("hello\r")
+    terminal.until(lambda: any(messages(path)[1:] for path in saved(home)), "answer")
+    if not is_answering:
+        terminal.interrupt()
+        terminal.prompt()
+    terminal.child.kill(signal.SIGHUP)
+    assert terminal.ended() == 128 + signal.SIGHUP
+    resumed = start("--resume")
+    resumed.expect("nothing of them is read anew")
+    resumed.expect("the last answer was cut")
+    assert resumed.leave() == 0
 
 
 def test_two_chats_at_once_have_files_of_their_own(
