@@ -101,8 +101,10 @@ class LlamaModel:
         h = self.tok_embeddings.rows(tokens)
         for layer, block in enumerate(self.blocks):
             asked = positions if layer == len(self.blocks) - 1 else None
-            out = self._attention(layer, block, h, cache, asked)
-            h = (h if asked is None else h[:, asked]) + out
+            # No name for what is added: it would live on while the caller evaluates.
+            h = (h if asked is None else h[:, asked]) + self._attention(
+                layer, block, h, cache, asked
+            )
             yield h
             h = h + self._feed_forward(block, h)
             yield h
