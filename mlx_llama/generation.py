@@ -282,14 +282,14 @@ def _prefill_pass(
 ) -> mx.array | None:
     """Run tokens (1, L) through the model, some half blocks at a time; None when cancelled."""
     started = time.perf_counter()
-    hidden, number = None, 0
+    hidden, n_halves = None, 2 * len(model.blocks)
     for number, hidden in enumerate(model.by_halves(tokens, cache, positions=LAST), 1):
-        if number % pace.halves == 0:
+        if number % pace.halves == 0 or number == n_halves:
             if request.ending is not None:
                 return None
             mx.eval(hidden, cache.arrays)
-    mx.eval(hidden, cache.arrays)
-    pace.learn(number, time.perf_counter() - started)
+    mx.eval(cache.arrays)  # a full ring is written now that nobody reads it, else it is copied
+    pace.learn(n_halves, time.perf_counter() - started)
     return hidden
 
 
