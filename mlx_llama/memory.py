@@ -151,7 +151,7 @@ def workspace_bytes(demand: Demand, context: int) -> int:
     seen = context + chunk if demand.slides else context
     pending = chunk * cache_bytes_per_token(config, demand.bits, dtype) if demand.slides else 0
     if ops.kernels() is not None:
-        return _native_bytes(config, dtype, chunk) + pending
+        return _native_bytes(demand, chunk) + pending
     masks = chunk * seen if demand.slides else 0
     return (
         pending
@@ -164,11 +164,20 @@ def workspace_bytes(demand: Demand, context: int) -> int:
     )
 
 
-def _native_bytes(config: ModelConfig, dtype: mx.Dtype, chunk: int) -> int:
-    """Count what half a block has alive where the native kernels run it: no scores."""
+def _native_bytes(demand: Demand, chunk: int) -> int:
+    """Count what an operation has alive where the native kernels run it: no scores.
+
+    Each waits for those before, so that is the residual stream, what the operation reads and what
+    it writes: SwiGLU its gates, their factors and the products, rotation q, k and v, and q and k
+    once more. Packing copies k while the rotation runs.
+    """
+    config, size = demand.config, demand.dtype.size
     heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    numbers = 4 * config.dim + max(3 * config.hidden_dim, 3 * heads + 3 * kv_heads)
-    return numbers * chunk * dtype.size
+    attention = (2 * heads + 3 * kv_heads) * size
+    if not demand.bits.is_plain:
+        packed = cache_bytes_per_token(config, demand.bits, demand.dtype) // config.n_layers
+        attention += kv_heads * size + packed
+    return chunk * (config.dim * size + max(3 * config.hidden_dim * size, attention))
 
 
 def _feed_forward_bytes(config: ModelConfig, dtype: mx.Dtype, chunk: int) -> int:

@@ -101,19 +101,22 @@ class OnCpu : public mx::UnaryPrimitive {
   explicit OnCpu(mx::Stream stream) : UnaryPrimitive(stream) {}
 
   void eval_cpu(const std::vector<array>& inputs, array& out) override {
+    // MLX allocates arrays when they are queued, and gives back what an operation read when the
+    // stream has done it. What a prompt's operations need at once would be a matter of which thread
+    // is faster; so each waits until all before is done and given back.
+    if (tokens(out) >= MANY) mx::synchronize(stream());
     out.set_data(mx::allocator::malloc(out.nbytes()));
     std::vector<array> held;
     for (const array& input : inputs) held.push_back(array::unsafe_weak_copy(input));
     // The lambda must not need this primitive: it may be gone before the stream runs it.
     auto task = [work = work(), held = std::move(held),
                  out = array::unsafe_weak_copy(out)]() mutable { work(held, out); };
-    if (tokens(out) < MANY && !reads_cache()) {
+    if (!reads_cache()) {
       mx::cpu::get_command_encoder(stream()).dispatch(std::move(task));
       return;
     }
-    // Arrays are allocated when they are queued, and MLX lets ten tasks of ten dispatches wait: ten
-    // layers of a prompt. So each of a prompt's is a task of its own, and waits for those before.
-    // Attention does always: the next token's write would copy a cache that waits to be read.
+    // A task of its own, which the next waits for: the next token's write would copy a cache that
+    // waits to be read.
     while (mx::scheduler::n_active_tasks() > 1) mx::scheduler::wait_for_one();
     mx::scheduler::notify_new_task(stream());
     // Told by a destructor: MLX drops the tasks behind one that failed, and they are over, too.
