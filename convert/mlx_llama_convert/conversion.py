@@ -69,51 +69,54 @@ def convert_checkpoint(
     finished are kept when source and options are the same.
     Raises OutputError and CheckpointError.
     """
-    files = plan.source.files
-    _refuse_own_source(target, files)
-    expected = checklist.expected_digests(files)
-    needed = disk_bytes(plan.output_bytes)
+    _refuse_own_source(target, plan.source.files)
+    sources, walk = _Sources(plan.source.files), _calibration(plan, calibration)
+    job, needed = _job(plan, calibration), disk_bytes(plan.output_bytes)
     with (
         new_directory(
-            target, force=force, needed_bytes=needed, job=_job(plan, calibration), on_note=on_note
+            target, force=force, needed_bytes=needed, job=job, on_note=on_note
         ) as partial,
         Hasher() as hasher,
     ):
-        digests = {
-            path: hasher.submit(path, names=_digest_names(expected.get(path))) for path in files
-        }
-        walk = _calibration(plan, calibration)
-        calibrated = (
-            None
-            if walk is None or calibration is None
-            else walk.run(on_progress=calibration.on_progress)
-        )
+        sources.hash_with(hasher)
+        calibrated = walk and walk.run(on_progress=calibration and calibration.on_progress)
         _write_weights(plan, calibrated, partial, hasher, n_threads, on_progress)
-        kind = kind_named(plan.config.kind)
-        write_tokenizer_files(
-            plan.source.tokenizer, kind, partial.folder, max_context=plan.config.max_context
-        )
-        _write_json(partial.folder / "config.json", _config_json(plan))
-        _write_json(partial.folder / "generation_config.json", _generation_json(plan))
-        _copy_licenses(plan.source.path, partial.folder)
-        sources = {path: future.result() for path, future in digests.items()}
-        for path, (algorithm, digest) in expected.items():
-            checklist.compare(path, algorithm, expected=digest, found=sources[path][algorithm])
-        manifest = _manifest(plan, sources, command)
+        _write_beside(plan, partial.folder)
+        manifest = _manifest(plan, sources.checked(), command)
         if verify:
             manifest["verification"] = asdict(compare_weights(plan.source, partial.folder))
         if certificate is not None:
             manifest["certificate"] = _certificate(plan, calibrated, partial.folder, certificate)
-        if plan.chosen is not None:
-            manifest["sensitivities"] = _drawn(plan, plan.chosen, partial.folder)
-        if calibration is not None:
-            manifest["calibration"] = {
-                "name": calibration.text.name,
-                "sha256": calibration.text.sha256,
-            }
+        manifest |= _chosen_by(plan, calibration, partial.folder)
         _finish(partial, hasher, manifest)
     if walk is not None:
         walk.forget()
+
+
+class _Sources:
+    """The source's files, hashed while the weights are written, and what checklists say of them.
+
+    Raises CheckpointError for a checklist that is none.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+        self._expected = checklist.expected_digests(files)
+        self._digests: dict[Path, Future[Digests]] = {}
+
+    def hash_with(self, hasher: Hasher) -> None:
+        """Begin."""
+        for path in self._files:
+            algorithm, _ = self._expected.get(path, ("sha256", ""))
+            names = ("sha256", "md5") if algorithm == "md5" else ("sha256",)
+            self._digests[path] = hasher.submit(path, names=names)
+
+    def checked(self) -> dict[Path, Digests]:
+        """Wait for the digests; CheckpointError for a file that is not its checklist's."""
+        found = {path: future.result() for path, future in self._digests.items()}
+        for path, (algorithm, digest) in self._expected.items():
+            checklist.compare(path, algorithm, expected=digest, found=found[path][algorithm])
+        return found
 
 
 def _refuse_own_source(target: Path, files: Sequence[Path]) -> None:
@@ -122,10 +125,6 @@ def _refuse_own_source(target: Path, files: Sequence[Path]) -> None:
     for file in files:
         if file.resolve().is_relative_to(resolved):
             raise OutputError(f"{target}: holds the source ({file}); choose another --output")
-
-
-def _digest_names(expected: tuple[str, str] | None) -> tuple[str, ...]:
-    return ("sha256", "md5") if expected and expected[0] == "md5" else ("sha256",)
 
 
 def _calibration(plan: ConversionPlan, request: CalibrationRequest | None) -> Calibration | None:
@@ -229,6 +228,15 @@ def _finish(partial: Partial, hasher: Hasher, manifest: dict[str, Any]) -> None:
     _write_json(partial.folder / MANIFEST_NAME, manifest)
 
 
+def _write_beside(plan: ConversionPlan, folder: Path) -> None:
+    """Write what a model directory holds beside the weights, but for what speaks of all files."""
+    kind = kind_named(plan.config.kind)
+    write_tokenizer_files(plan.source.tokenizer, kind, folder, max_context=plan.config.max_context)
+    _write_json(folder / "config.json", _config_json(plan))
+    _write_json(folder / "generation_config.json", _generation_json(plan))
+    _copy_licenses(plan.source.path, folder)
+
+
 def _copy_licenses(source: Path, folder: Path) -> None:
     """Copy the licence that travels with the weights; it may lie above Meta's `original/`."""
     place = source.resolve()
@@ -315,6 +323,19 @@ def _certificate(
     if plot is not None:
         draw_certificate(folder / plot, scores, by_layer(certificate), f"What {source.name} lost")
     return {**asdict(certificate), "layers": by_layer(certificate), "plot": plot}
+
+
+def _chosen_by(
+    plan: ConversionPlan, calibration: CalibrationRequest | None, folder: Path
+) -> dict[str, Any]:
+    """Return what the manifest says of how bits and packed numbers were chosen."""
+    found: dict[str, Any] = {}
+    if plan.chosen is not None:
+        found["sensitivities"] = _drawn(plan, plan.chosen, folder)
+    if calibration is not None:
+        text = calibration.text
+        found["calibration"] = {"name": text.name, "sha256": text.sha256}
+    return found
 
 
 def _drawn(plan: ConversionPlan, chosen: Mapping[str, Any], folder: Path) -> dict[str, Any]:
