@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,6 +11,7 @@ import pytest
 
 from mlx_llama_apps.main import main
 from mlx_llama_quantize import plots
+from processes import interrupt, start
 from tiny_models import write_meta
 
 TEXT = "the thing in hello world end " * 40
@@ -136,23 +133,8 @@ def test_ctrl_c_keeps_what_is_done(folder: Path, home: Path) -> None:
         "sys.exit(main())\n"
     )
     asked = ["compare", "one", "other", "--text", "text.txt", "--context", "32", "--no-costs"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "MLX_LLAMA_HOME": str(home),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, *asked],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "1\n"
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=20)
+    process = start(slow, *asked, home=home)
+    interrupt(process, at="1")
     assert process.returncode == 130
     assert main([*asked, "--json"]) == 0
 

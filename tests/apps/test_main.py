@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import mlx_llama
 from interrupts import lost_lock
 from mlx_llama_apps import main as main_module
 from mlx_llama_apps.main import main
+from processes import environment, interrupt, start
 from shared_data import shared
 from tiny_models import write_meta
 
@@ -23,10 +23,6 @@ from tiny_models import write_meta
 def command(*arguments: str | Path) -> list[str]:
     code = "from mlx_llama_apps.entry import run_main; run_main()"
     return [sys.executable, "-c", code, *map(str, arguments)]
-
-
-def environment(home: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MLX_LLAMA_HOME": str(home)}
 
 
 def test_stories260k_prints_its_authors_text(
@@ -217,19 +213,8 @@ def test_ctrl_c_in_a_conversion_leaves_nothing(tmp_path: Path, home: Path) -> No
         "packing._pack = lambda *a: (say(), time.sleep(0.5), pack(*a))[2]\n"
         "sys.exit(main())\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, "convert", str(source), "-o", str(tmp_path / "out")],
-        env=environment(home),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "packing\n"
-        assert (tmp_path / "out.partial").is_dir()
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=20)
+    process = start(slow, "convert", source, "-o", tmp_path / "out", home=home)
+    interrupt(process, at="packing")
     assert process.returncode == 130
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "home") == ["tiny"]
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from mlx_llama_convert.output import JOURNAL
+from processes import start
 from tiny_models import write_meta
 
 # A conversion of many small files, each of which takes a moment.
@@ -29,18 +27,8 @@ run_main()
 """
 
 
-def start(source: Path, target: Path, home: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", SLOW, "convert", str(source), "-o", str(target)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MLX_LLAMA_HOME": str(home)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def finish(source: Path, target: Path, home: Path) -> str:
-    with start(source, target, home) as process:
+    with start(SLOW, "convert", source, "-o", target, home=home) as process:
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     return errors
@@ -64,7 +52,7 @@ def kill_and_resume(tmp_path: Path, home: Path, *, times: int, seed: int) -> int
         for path in target.iterdir():
             path.unlink()
         target.rmdir()
-        with start(source, target, home) as process:
+        with start(SLOW, "convert", source, "-o", target, home=home) as process:
             time.sleep(moments.uniform(0.3, 1.0) * elapsed)
             process.kill()
         if not target.exists():

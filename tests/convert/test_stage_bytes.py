@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,27 +13,14 @@ import pytest
 from mlx_llama.config import ModelConfig, QuantFormat
 from mlx_llama.options import ConvertOptions
 from mlx_llama.weights import is_matrix, tensor_shapes
+from mlx_llama_apps.bench.shapes import shape_named
 from mlx_llama_convert import open_source
 from mlx_llama_convert.plan import ConversionPlan, make_plan
 from mlx_llama_convert.resources import PROGRAM_BYTES, stage_bytes
 from model_folders import write_meta
 
 ALL = {"is_surveyed": True, "is_calibrated": True, "is_compared": True}
-LLAMA_1B = ModelConfig(
-    dim=2048,
-    n_layers=16,
-    n_heads=32,
-    n_kv_heads=8,
-    head_dim=64,
-    hidden_dim=8192,
-    vocab_size=128256,
-    norm_eps=1e-5,
-    rope_theta=500000.0,
-    max_context=131072,
-    tied=True,
-    dtype="bfloat16",
-    kind="llama3",
-)
+LLAMA_1B = replace(shape_named("llama-3.2-1b"), dtype="bfloat16")
 
 
 def plan_of(config: ModelConfig, options: ConvertOptions) -> ConversionPlan:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import pytest
 from mlx_llama_apps.bench import machine
 from mlx_llama_apps.bench.cases import Case, Row, Sample, cases_of
 from mlx_llama_apps.main import main
+from processes import interrupt, start
 
 FEW = ["--prompt", "8", "--generate", "4", "--repetitions", "2"]
 BANDWIDTH = 1e9
@@ -243,19 +241,8 @@ def test_ctrl_c_prints_what_was_done_and_leaves_nothing_behind(tmp_path: Path, h
         "from mlx_llama_apps.main import main\n"
         "sys.exit(main())\n"
     )
-    asked = ["bench", "--shape", "15m", *FEW, "--depth", "0"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, *asked],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MLX_LLAMA_HOME": str(home)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "now\n"
-        process.send_signal(signal.SIGINT)
-        out, errors = process.communicate(timeout=20)
+    process = start(slow, "bench", "--shape", "15m", *FEW, "--depth", "0", home=home)
+    out, errors = interrupt(process, at="now")
     assert process.returncode == 130
     assert re.search(r"^pp8 +\d", out, re.MULTILINE)
     assert errors == "1 of 2 tests were done\n"

@@ -1,0 +1,34 @@
+"""Our programs as processes of their own: what they see, how they are begun and interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Return this process's environment with our packages on the path and files in a home."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MLX_LLAMA_HOME": str(home)}
+
+
+def start(code: str, *arguments: str | Path, home: Path) -> subprocess.Popen[str]:
+    """Run Python code with arguments, its output in pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def interrupt(process: subprocess.Popen[str], *, at: str) -> tuple[str, str]:
+    """Press Ctrl-C when its first line is `at`; return what else it writes, both outputs."""
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"{at}\n"
+        process.send_signal(signal.SIGINT)
+        return process.communicate(timeout=20)
