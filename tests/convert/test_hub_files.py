@@ -31,8 +31,8 @@ def test_paths_and_tricks_are_no_hub_names(name: str) -> None:
 
 
 @pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/3", "0" * 40, "a_b-c"])
-def test_revisions(revision: str) -> None:
-    check_revision(revision)
+def test_branches_tags_and_commits_are_taken(revision: str) -> None:
+    check_revision(revision)  # an OptionError where it is not
 
 
 @pytest.mark.parametrize(

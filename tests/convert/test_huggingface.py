@@ -34,7 +34,7 @@ def write_generation(folder: Path, **content: Any) -> None:
     (folder / "generation_config.json").write_text(json.dumps(content))
 
 
-def refused(folder: Path, *words: str, kind: type[MlxLlamaError] = CheckpointError) -> None:
+def assert_refused(folder: Path, *words: str, kind: type[MlxLlamaError] = CheckpointError) -> None:
     with pytest.raises(kind) as caught:
         open_source(folder, ConvertOptions())
     assert "\n" not in str(caught.value)
@@ -53,23 +53,27 @@ def test_stop_ids_of_the_source_are_kept(tmp_path: Path) -> None:
 
 
 def test_ends_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
-    refused(write(tmp_path / "a", eos_token_id=320), "config.json: eos_token_id is 320", "0 to 319")
+    assert_refused(
+        write(tmp_path / "a", eos_token_id=320), "config.json: eos_token_id is 320", "0 to 319"
+    )
     source = write(tmp_path / "b")
     write_generation(source, eos_token_id=[2, -1])
-    refused(source, f"{source / 'generation_config.json'}: eos_token_id is [2, -1]")
+    assert_refused(source, f"{source / 'generation_config.json'}: eos_token_id is [2, -1]")
 
 
 def test_recommendations_that_cannot_be_are_refused(tmp_path: Path) -> None:
     """They would be written into a model directory that does not load."""
     source = write(tmp_path / "source")
     write_generation(source, temperature="hot")
-    refused(source, f"{source / 'generation_config.json'}: temperature is 'hot'")
+    assert_refused(source, f"{source / 'generation_config.json'}: temperature is 'hot'")
 
 
 @pytest.mark.parametrize("kind", ["llama9", "llama3"])
 def test_a_recorded_kind_that_cannot_be_is_refused(kind: str, tmp_path: Path) -> None:
     source = write(tmp_path / "source", mlx_llama={"kind": kind})
-    refused(source, f"{source / 'config.json'}: mlx_llama.kind", kind, kind=UnsupportedModelError)
+    assert_refused(
+        source, f"{source / 'config.json'}: mlx_llama.kind", kind, kind=UnsupportedModelError
+    )
     assert open_source(source, ConvertOptions(kind="llama2")).kind.value == "llama2"
 
 

@@ -256,7 +256,7 @@ def test_truncation_anywhere_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     for length in range(0, len(whole), 7):
         path.write_bytes(whole[:length])
-        refused(path)
+        assert refused(path)
 
 
 SOUND = dict_pickle({"w": tensor_pickle(ONE, 0, (3, 4))})
@@ -514,7 +514,7 @@ def test_malformed_pickle_is_refused_for_the_right_reason(
 
 @pytest.mark.parametrize("case", BAD_PICKLES)
 def test_malformed_pickle_is_refused(tmp_path: Path, case: str) -> None:
-    refused(write_raw(tmp_path / "a.pth", BAD_PICKLES[case]))
+    assert refused(write_raw(tmp_path / "a.pth", BAD_PICKLES[case]))
 
 
 def test_training_checkpoint_is_explained(tmp_path: Path) -> None:
@@ -532,7 +532,7 @@ FUZZ = settings(
 )
 
 
-def open_and_read(path: Path) -> None:
+def assert_sound_or_refused(path: Path) -> None:
     """Open a possibly damaged file: either a `CheckpointError`, or tensors inside the file."""
     size = path.stat().st_size
     try:
@@ -556,7 +556,7 @@ def test_flipped_bytes_never_crash(tmp_path: Path, case: str, flips: list[tuple[
         data[position % len(data)] = value
     path = tmp_path / "a.pth"
     path.write_bytes(data)
-    open_and_read(path)
+    assert_sound_or_refused(path)
 
 
 @FUZZ
@@ -570,13 +570,13 @@ def test_flipped_pickle_never_crashes(
     data = bytearray(SOUND[: len(SOUND) - cut // 10])
     for position, value in flips:
         data[position % len(data)] = value
-    open_and_read(write_raw(tmp_path / "a.pth", bytes(data)))
+    assert_sound_or_refused(write_raw(tmp_path / "a.pth", bytes(data)))
 
 
 @FUZZ
 @given(data=st.binary(max_size=200))
 def test_random_pickle_never_crashes(tmp_path: Path, data: bytes) -> None:
-    open_and_read(write_raw(tmp_path / "a.pth", b"\x80\x02" + data))
+    assert_sound_or_refused(write_raw(tmp_path / "a.pth", b"\x80\x02" + data))
 
 
 def test_directory_of_absurd_size_is_not_read_into_memory(tmp_path: Path) -> None:

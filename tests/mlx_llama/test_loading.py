@@ -318,7 +318,7 @@ def test_recommendations_that_cannot_be_are_refused(
     """They were ignored, and the model answered with other settings than its makers'."""
     folder = write_hf(tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps(content))
-    refused(folder, "generation_config.json: ", *words)
+    assert_refused(folder, "generation_config.json: ", *words)
 
 
 def test_stop_ids_are_those_of_all_files(tmp_path: Path) -> None:
@@ -332,7 +332,9 @@ def test_stop_ids_are_those_of_all_files(tmp_path: Path) -> None:
 
 def test_ends_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "model", change=lambda _, raw: raw.update(eos_token_id=[2, 999]))
-    refused(folder, "config.json: eos_token_id is [2, 999], expected token ids from 0 to 319")
+    assert_refused(
+        folder, "config.json: eos_token_id is [2, 999], expected token ids from 0 to 319"
+    )
 
 
 def test_the_dtype_of_the_weights_is_the_stored_one(tmp_path: Path) -> None:
@@ -426,7 +428,7 @@ def test_a_tokenizer_json_that_does_not_fit_is_passed_over(name: str, tmp_path: 
 # --- what is refused ---------------------------------------------------------------------------
 
 
-def refused(folder: Path, *words: str, kind: type[MlxLlamaError] = CheckpointError) -> None:
+def assert_refused(folder: Path, *words: str, kind: type[MlxLlamaError] = CheckpointError) -> None:
     """Check that loading fails with one line that has the words."""
     with pytest.raises(kind) as caught:
         mlx_llama.load(folder)
@@ -437,33 +439,35 @@ def refused(folder: Path, *words: str, kind: type[MlxLlamaError] = CheckpointErr
 
 
 def test_what_is_no_model_directory_is_told_what_to_do(tmp_path: Path) -> None:
-    refused(tmp_path / "none", "no such folder", "mlx-llama convert")
-    refused(tmp_path, "no config.json", "mlx-llama convert")
-    refused(write_hf(tmp_path / "model") / "config.json", "a file, expected a model directory")
+    assert_refused(tmp_path / "none", "no such folder", "mlx-llama convert")
+    assert_refused(tmp_path, "no config.json", "mlx-llama convert")
+    assert_refused(
+        write_hf(tmp_path / "model") / "config.json", "a file, expected a model directory"
+    )
 
 
 def test_a_meta_checkpoint_is_answered_with_the_command(tmp_path: Path) -> None:
     folder = write_meta(tmp_path / "llama-2-7b")
-    refused(folder, "a Meta checkpoint", f"mlx-llama convert {folder}")
+    assert_refused(folder, "a Meta checkpoint", f"mlx-llama convert {folder}")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "pytorch_model.safetensors")
-    refused(folder, "no model.safetensors", INDEX_NAME)
+    assert_refused(folder, "no model.safetensors", INDEX_NAME)
     folder = write_hf(tmp_path / "no tokenizer")
     (folder / "tokenizer.model").unlink()
-    refused(folder, "tokenizer", kind=TokenizerError)
+    assert_refused(folder, "tokenizer", kind=TokenizerError)
     folder = write_hf(tmp_path / "no shard")
     split(folder)
     (folder / shard_name(1)).unlink()
-    refused(folder, INDEX_NAME, shard_name(1), "no file of")
+    assert_refused(folder, INDEX_NAME, shard_name(1), "no file of")
 
 
 @pytest.mark.parametrize("name", [NORM, QUERY, "lm_head.weight", "model.embed_tokens.weight"])
 def test_a_missing_tensor_is_named(name: str, tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "model", change=lambda weights, _: weights.pop(name))
-    refused(folder, name, "missing")
+    assert_refused(folder, name, "missing")
 
 
 @pytest.mark.parametrize("name", [NORM, QUERY, "lm_head.weight", "model.embed_tokens.weight"])
@@ -471,7 +475,7 @@ def test_a_wrong_shape_is_named(name: str, tmp_path: Path) -> None:
     def cut(weights: Weights, _: Raw) -> None:
         weights[name] = weights[name][:-2]
 
-    refused(write_hf(tmp_path / "model", change=cut), name, "shape", "expected")
+    assert_refused(write_hf(tmp_path / "model", change=cut), name, "shape", "expected")
 
 
 @pytest.mark.parametrize(
@@ -490,13 +494,13 @@ def test_weights_of_another_shape_than_config_says_are_refused(
     change: Raw, words: tuple[str, ...], tmp_path: Path
 ) -> None:
     folder = write_hf(tmp_path / "model", change=lambda _, raw: raw.update(change))
-    refused(folder, *words)
+    assert_refused(folder, *words)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "model", CASES["llama3"])
     write_tiktoken(folder / "tokenizer.model")
-    refused(folder, "the tokenizer has 536 tokens, the weights 512", "different models")
+    assert_refused(folder, "the tokenizer has 536 tokens, the weights 512", "different models")
 
 
 @pytest.mark.parametrize(
@@ -520,26 +524,26 @@ def test_an_index_names_files_of_its_folder_alone(name: str, tmp_path: Path) -> 
         other.mkdir(exist_ok=True)
         shutil.copy(folder / "model.safetensors", other)
     write_index(folder, {NORM: "model.safetensors", QUERY: name})
-    refused(folder, INDEX_NAME, "no file of")
+    assert_refused(folder, INDEX_NAME, "no file of")
 
 
 def test_an_index_with_an_absolute_path_is_refused(tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "model")
     write_index(folder, {NORM: str(folder / "model.safetensors")})
-    refused(folder, INDEX_NAME, "no file of")
+    assert_refused(folder, INDEX_NAME, "no file of")
 
 
 @pytest.mark.parametrize("weight_map", [None, [], "x", {NORM: 1}, {NORM: None}, {NORM: ["a"]}])
 def test_an_index_without_a_table_is_refused(weight_map: object, tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "model")
     write_index(folder, weight_map)
-    refused(folder, INDEX_NAME, "weight_map")
+    assert_refused(folder, INDEX_NAME, "weight_map")
 
 
 def test_an_empty_index_is_no_whole_model(tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "model")
     write_index(folder, {})
-    refused(folder, "missing")
+    assert_refused(folder, "missing")
 
 
 def test_an_index_names_safetensors_alone(tmp_path: Path) -> None:
@@ -547,7 +551,7 @@ def test_an_index_names_safetensors_alone(tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "weights.bin")
     write_index(folder, dict.fromkeys(random_model(TINY)[0], "weights.bin"))
-    refused(folder, INDEX_NAME, "names 'weights.bin'", "end in .safetensors")
+    assert_refused(folder, INDEX_NAME, "names 'weights.bin'", "end in .safetensors")
 
 
 def test_an_index_that_leaves_a_tensor_out_is_refused(tmp_path: Path) -> None:
@@ -556,7 +560,7 @@ def test_an_index_that_leaves_a_tensor_out_is_refused(tmp_path: Path) -> None:
     weight_map = split(folder)
     file = weight_map.pop("lm_head.weight")
     write_index(folder, weight_map)
-    refused(folder, INDEX_NAME, f"does not name tensor lm_head.weight of {file}")
+    assert_refused(folder, INDEX_NAME, f"does not name tensor lm_head.weight of {file}")
 
 
 def test_an_index_that_is_wrong_about_a_tensor_is_refused(tmp_path: Path) -> None:
@@ -564,9 +568,9 @@ def test_an_index_that_is_wrong_about_a_tensor_is_refused(tmp_path: Path) -> Non
     weight_map = split(folder)
     other = next(file for file in weight_map.values() if file != weight_map[QUERY])
     write_index(folder, {**weight_map, QUERY: other})
-    refused(folder, INDEX_NAME, f"says that {other} holds tensor {QUERY}")
+    assert_refused(folder, INDEX_NAME, f"says that {other} holds tensor {QUERY}")
     write_index(folder, {**weight_map, "model.layers.9.mlp.up_proj.weight": other})
-    refused(folder, INDEX_NAME, f"says that {other} holds tensor model.layers.9")
+    assert_refused(folder, INDEX_NAME, f"says that {other} holds tensor model.layers.9")
 
 
 @pytest.mark.parametrize("is_named", [True, False])
@@ -588,7 +592,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     extra = {NORM: random_model(TINY)[0][NORM]}
     write_safetensors(folder / "model-extra.safetensors", extra)
     write_index(folder, {**weight_map, "lm_head.weight": "model-extra.safetensors"})
-    refused(folder, f"tensor {NORM} stands in two files")
+    assert_refused(folder, f"tensor {NORM} stands in two files")
 
 
 @pytest.mark.parametrize(
@@ -606,7 +610,7 @@ def test_unknown_tensors_are_refused_by_name(name: str, tmp_path: Path) -> None:
     def add(weights: Weights, _: Raw) -> None:
         weights[name] = np.zeros(4, dtype=np.float32)
 
-    refused(write_hf(tmp_path / "model", change=add), f"tensor {name} is not a Llama's")
+    assert_refused(write_hf(tmp_path / "model", change=add), f"tensor {name} is not a Llama's")
 
 
 @pytest.mark.parametrize("n_bytes", [0, 7, 8, 1000, -1])
@@ -614,15 +618,15 @@ def test_a_truncated_file_is_refused_before_it_is_mapped(n_bytes: int, tmp_path:
     folder = write_hf(tmp_path / "model")
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:n_bytes])
-    refused(folder, str(file))
+    assert_refused(folder, str(file))
 
 
 def test_a_download_that_is_a_pointer_or_a_page_is_recognised(tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "model")
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid 1\n")
-    refused(folder, "model.safetensors", "LFS")
+    assert_refused(folder, "model.safetensors", "LFS")
     (folder / "config.json").write_text("<html>")
-    refused(folder, "config.json", "not valid JSON")
+    assert_refused(folder, "config.json", "not valid JSON")
 
 
 @pytest.mark.parametrize(
@@ -636,7 +640,7 @@ def test_a_download_that_is_a_pointer_or_a_page_is_recognised(tmp_path: Path) ->
 )
 def test_other_models_and_quantizers_are_refused(change: Raw, word: str, tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "model", change=lambda _, raw: raw.update(change))
-    refused(folder, word, kind=UnsupportedModelError)
+    assert_refused(folder, word, kind=UnsupportedModelError)
 
 
 def test_scales_without_settings_are_refused(tmp_path: Path) -> None:
@@ -645,7 +649,7 @@ def test_scales_without_settings_are_refused(tmp_path: Path) -> None:
     raw = json.loads(config.read_text())
     del raw["quantization"], raw["quantization_config"]
     config.write_text(json.dumps(raw))
-    refused(tmp_path / "model", ".scales", "does not say how it is quantized")
+    assert_refused(tmp_path / "model", ".scales", "does not say how it is quantized")
 
 
 def test_settings_that_do_not_fit_the_packed_tensors_are_refused(tmp_path: Path) -> None:
@@ -654,7 +658,7 @@ def test_settings_that_do_not_fit_the_packed_tensors_are_refused(tmp_path: Path)
     raw = json.loads(config.read_text())
     raw["quantization"] |= {"bits": 3}
     config.write_text(json.dumps(raw))
-    refused(tmp_path / "model", ".weight", "shape")
+    assert_refused(tmp_path / "model", ".weight", "shape")
 
 
 @pytest.mark.parametrize("kind", ["llama9", "", "LLAMA2"])
@@ -662,7 +666,9 @@ def test_an_unknown_recorded_kind_is_refused(kind: str, tmp_path: Path) -> None:
     folder = write_hf(
         tmp_path / "model", change=lambda _, raw: raw.update(mlx_llama={"kind": kind})
     )
-    refused(folder, f"{folder / 'config.json'}: ", repr(kind), "llama2-chat", kind=UNSUPPORTED)
+    assert_refused(
+        folder, f"{folder / 'config.json'}: ", repr(kind), "llama2-chat", kind=UNSUPPORTED
+    )
 
 
 @pytest.mark.parametrize("kind", [5, ["llama2"], True])
@@ -670,7 +676,7 @@ def test_a_recorded_kind_that_is_no_text_is_refused(kind: object, tmp_path: Path
     folder = write_hf(
         tmp_path / "model", change=lambda _, raw: raw.update(mlx_llama={"kind": kind})
     )
-    refused(folder, f"mlx_llama.kind is {kind!r}", kind=UNSUPPORTED)
+    assert_refused(folder, f"mlx_llama.kind is {kind!r}", kind=UNSUPPORTED)
 
 
 @pytest.mark.parametrize(
@@ -686,4 +692,6 @@ def test_a_recorded_kind_of_the_other_tokenizer_is_refused(
     folder = write_hf(
         tmp_path / "model", case, change=lambda _, raw: raw.update(mlx_llama={"kind": kind})
     )
-    refused(folder, f"{folder / 'config.json'}: mlx_llama.kind {kind}", *words, kind=UNSUPPORTED)
+    assert_refused(
+        folder, f"{folder / 'config.json'}: mlx_llama.kind {kind}", *words, kind=UNSUPPORTED
+    )
