@@ -14,6 +14,7 @@ from typing import cast
 
 import mlx.core as mx
 
+from mlx_llama import ops
 from mlx_llama.cache import KVCache
 from mlx_llama.errors import ContextOverflowError
 from mlx_llama.model import LAST, LlamaModel
@@ -289,7 +290,8 @@ def _prefill_pass(
                 return None
             mx.eval(hidden, cache.arrays)
     mx.eval(cache.arrays)  # a full ring is written now that nobody reads it, else it is copied
-    pace.learn(n_halves, time.perf_counter() - started)
+    if not ops.runs_ahead():  # else two half blocks would take memory for both
+        pace.learn(n_halves, time.perf_counter() - started)
     return hidden
 
 

@@ -144,12 +144,13 @@ def workspace_bytes(demand: Demand, context: int) -> int:
 
     The factors count arrays of `model` and `attention`; they were measured, in float32 and
     bfloat16, on shapes from 4M parameters to an 8B's. A pass that overwrites a ring keeps its own
-    rows of every layer until it is over.
+    rows of every layer until it is over; in the last one it works for a single token.
     """
     config, dtype = demand.config, demand.dtype
     chunk = demand.chunk if demand.slides else min(demand.chunk, context)
     seen = context + chunk if demand.slides else context
-    pending = chunk * cache_bytes_per_token(config, demand.bits, dtype) if demand.slides else 0
+    in_layer = cache_bytes_per_token(config, demand.bits, dtype) // config.n_layers
+    pending = chunk * in_layer * (config.n_layers - 1) if demand.slides else 0
     if ops.kernels() is not None:
         return _native_bytes(demand, chunk) + pending
     masks = chunk * seen if demand.slides else 0
@@ -196,10 +197,11 @@ def _prompt_attention_bytes(demand: Demand, seen: int, chunk: int) -> int:
         # In half precision the weights of a tile become halves again for plain values.
         halves = 0 if is_float else 2 if bits.values == PLAIN else 1
         per_score = 2 * FLOAT32 + halves * dtype.size
-        per_number = 7 * FLOAT32 if is_float else 4 * FLOAT32 + 3 * dtype.size
+        floats = (7 if is_float else 4) - demand.slides
+        per_number = floats * FLOAT32 + (0 if is_float else 3 * dtype.size)
     else:
         n_copies = 4 if demand.slides else 2
-        per_score = n_copies * FLOAT32 if is_float else (n_copies * 3 + 1) // 2 * dtype.size
+        per_score = n_copies * dtype.size
         per_number = (8 if is_float and demand.slides else 3) * dtype.size
     scores = config.n_heads * chunk * rows * per_score
     projected = 2 * chunk * (heads + 2 * kv_heads) * dtype.size

@@ -40,6 +40,14 @@ def kernels() -> Any | None:
     return native.kernels() if backend() == "cpu" else None
 
 
+def runs_ahead() -> bool:
+    """Whether arrays are allocated long before they are computed: by MLX's own CPU operations.
+
+    The native kernels wait for one another; a GPU's driver orders both.
+    """
+    return backend() == "cpu" and kernels() is None
+
+
 def working_set() -> int | None:
     """Return the bytes that a GPU should hold at most, by its driver; None on a CPU."""
     if backend() == "cpu":

@@ -170,6 +170,7 @@ FILLED = {
     "8:4 bits": Filled(1536, KVBits(8, 4)),
     "sliding": Filled(1024, slides=True),
     "sliding, 8 bits": Filled(1024, KVBits(8, 8), slides=True),
+    "sliding, two layers": Filled(1024, slides=True, changes=(("n_layers", 2), ("n_kv_heads", 8))),
     "sliding, shorter than a chunk": Filled(256, slides=True, chunk=1024),
     "packed soon": Filled(2048, KVBits(8, 8), packed_from=16),
     "packed late": Filled(2048, KVBits(4, 4), packed_from=2000),
@@ -177,7 +178,7 @@ FILLED = {
     "keys for every head, 4 bits": Filled(2048, KVBits(4, 4), changes=ALL_KEYS),
     "small chunks": Filled(1536, chunk=16),
     # Two of them: while the first one runs, the last layer has no cache yet.
-    "large chunks": Filled(2048, chunk=1024),
+    "large chunks": Filled(1536, chunk=768),
 }
 
 
