@@ -329,8 +329,9 @@ def calibration_bytes(source: WeightSource, method: str) -> int:
     """Return what a walk takes at most, bytes.
 
     Beside the states of the text it is the largest of three: a block in float32 with the moments of
-    its inputs and a window's activations; the moments, two more of the largest while it is
-    factorized, what `auto` keeps back, and the work on one matrix; the packed output twice.
+    its inputs and a window's activations; the moments, the largest of them once more and a quarter
+    while it is factorized, what `auto` keeps back, and the work on one matrix; the packed output
+    twice.
     """
     config = source.config
     q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
@@ -340,7 +341,7 @@ def calibration_bytes(source: WeightSource, method: str) -> int:
     moments = 2 * dim**2 + q_rows**2 + hidden**2
     held = 2 * HELD * CONTEXT * (2 * dim + q_rows + hidden) if method == "auto" else 0
     read = block + matrix // 2 + moments + SLAB * widest + held + 8 * CONTEXT * (hidden + q_rows)
-    pack = moments + 2 * widest**2 + held + 4 * matrix + block // 3
+    pack = moments + 5 * widest**2 // 4 + held + 4 * matrix + block // 3
     # At most 8 bits and two scales in float32 to 32 weights, as pieces and joined.
     head = 4 * dim**2 + 2 * config.vocab_size * dim // 3 + 6 * gptq.ROWS * dim
     return 4 * (MAX_TOKENS * dim + max(read, pack, head))

@@ -18,6 +18,7 @@ import numpy as np
 from mlx_llama.config import QuantFormat
 from mlx_llama.errors import QuantizationError
 from mlx_llama_quantize import mse
+from mlx_llama_quantize.triangles import invert_lower, try_cholesky
 
 DAMPING = 0.01  # of the mean of the Hessian's diagonal
 TRIES = 5  # with ten times the damping each
@@ -45,25 +46,12 @@ def factorize(hessian: np.ndarray, group_size: int) -> Factor:
     # With rows and columns turned round, the inverse of the factor is the inverse's factor.
     turned = columns[::-1]
     for number in range(TRIES):
-        inverse = _inverse_factor(hessian[np.ix_(turned, turned)], mean * DAMPING * 10**number)
-        if np.isfinite(inverse).all():
+        inverse = hessian[np.ix_(turned, turned)]
+        inverse[np.diag_indices(len(inverse))] += np.float32(mean * DAMPING * 10**number)
+        if try_cholesky(inverse) and np.isfinite(inverse).all():
+            invert_lower(inverse)
             return Factor(inverse[::-1, ::-1], columns)
     raise QuantizationError("gptq: the inputs of a layer are no numbers; the weights are damaged")
-
-
-def _inverse_factor(hessian: np.ndarray, damping: float) -> np.ndarray:
-    """Return the inverse of a Hessian's lower Cholesky factor; hessian is used up.
-
-    No more than two arrays of its size are held beside the caller's own.
-    """
-    hessian[np.diag_indices(len(hessian))] += np.float32(damping)
-    found = mx.array(hessian)
-    del hessian
-    found = mx.linalg.cholesky(found, stream=mx.cpu)
-    mx.eval(found)
-    found = mx.linalg.tri_inv(found, stream=mx.cpu)
-    mx.eval(found)
-    return np.array(found, copy=False)
 
 
 def quantize(values: mx.array, form: QuantFormat, factor: Factor) -> mse.Packed:

@@ -1,7 +1,8 @@
-"""Products of whole texts with matrices on a CPU: NumPy's BLAS takes a hundredth of MLX's time.
+"""Products of whole texts with matrices on a CPU, for walks, which multiply hundreds of rows.
 
-It is for walks, which multiply hundreds of rows in float32 and evaluate after every layer anyway. A
-GPU, and formats that the native kernels multiply by, keep what they have.
+The native kernels take them in slices that stay in a core's cache: 0.6 to 0.8 of the time of
+NumPy's BLAS, which takes a hundredth of MLX's and is what runs where there are no kernels. A GPU
+keeps what it has.
 """
 
 from __future__ import annotations
@@ -41,6 +42,31 @@ class Hosted:
             for start in starts
         ]
         return found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
+
+    def rows(self, ids: mx.array) -> mx.array:
+        """Return the rows ids (...,) as (..., in)."""
+        return self.matrix.rows(ids)
+
+    def arrays(self) -> list[mx.array]:
+        """Return what is held in memory."""
+        return self.matrix.arrays()
+
+
+@dataclass(frozen=True, slots=True)
+class Sliced:
+    """A matrix that the native kernels multiply by, a prompt's slice of rows at a time.
+
+    512 rows of width 8192 at once take twice the time: they leave the cache between two uses.
+    """
+
+    matrix: Dense | Packed
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Return x (..., L, in) times the transposed matrix: (..., L, out)."""
+        step = ops.prefill_chunk()
+        starts = range(0, x.shape[-2], step)
+        found = [self.matrix(x[..., start : start + step, :]) for start in starts]
+        return found[0] if len(found) == 1 else mx.concatenate(found, axis=-2)
 
     def rows(self, ids: mx.array) -> mx.array:
         """Return the rows ids (...,) as (..., in)."""
@@ -103,14 +129,13 @@ def for_texts(matrix: Matrix) -> Matrix:
     """Return a matrix as whole texts are best multiplied by it here."""
     if isinstance(matrix, Stack):
         return Stack(tuple(for_texts(part) for part in matrix.parts))
-    if ops.backend() != "cpu":
+    if ops.backend() != "cpu" or not isinstance(matrix, Dense | Packed):
         return matrix
-    if isinstance(matrix, Dense):
-        return Hosted(matrix) if matrix.weight.dtype == mx.float32 else matrix
-    if isinstance(matrix, Packed) and matrix.dtype == mx.float32:
-        has_kernel = ops.kernels() is not None and ops.is_native_format(matrix.form)
-        return matrix if has_kernel else Hosted(matrix)
-    return matrix
+    is_packed = isinstance(matrix, Packed)
+    if ops.kernels() is not None and (not is_packed or ops.is_native_format(matrix.form)):
+        return Sliced(matrix)
+    dtype = matrix.dtype if is_packed else matrix.weight.dtype
+    return Hosted(matrix) if dtype == mx.float32 else matrix
 
 
 def block_for_texts(block: Block) -> Block:
