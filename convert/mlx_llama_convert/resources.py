@@ -20,6 +20,7 @@ from mlx_llama_quantize.calibration import calibration_bytes
 from mlx_llama_quantize.certificate import certificate_bytes
 from mlx_llama_quantize.packing import BLOCK_BYTES, pack_matrix
 from mlx_llama_quantize.sensitivity import survey_bytes
+from mlx_llama_quantize.subject import dense_bytes
 
 PROGRAM_BYTES = 200_000_000  # Python, MLX and a tokenizer
 # A block as read, as float32 inside MLX, and packed; as many blocks wait as there are threads.
@@ -87,7 +88,7 @@ def stage_bytes(
         found.append(calibration_bytes(plan.source.weights, plan.options.method))
     if is_compared:
         dtype = ops.compute_dtype(plan.config.dtype, is_quantized=True, asked=None)
-        loaded = plan.config.parameter_count * dtype.size
+        loaded = dense_bytes(plan.source.weights, dtype)
         found.append(certificate_bytes(plan.config, loaded, _loaded_bytes(plan, dtype)))
     return max(found)
 

@@ -1,7 +1,6 @@
 """What a quantized model lost, measured: its predictions against the source's, and its weights.
 
-Both models are walked block by block where they do not fit into memory, in one dtype, so that the
-quantization is all that differs.
+Both models are walked block by block, in one dtype, so that the quantization is all that differs.
 """
 
 from __future__ import annotations
@@ -101,7 +100,11 @@ def certify(
             bos_id=tokenizer.bos_id,
             context=min(CONTEXT, source.config.max_context),
         )
-        comparison = Comparison(source, compared, windows, dtype=dtype, states=request.states)
+        # Never resident, whatever is free: what measuring takes was promised, and walking a small
+        # model costs nothing.
+        comparison = Comparison(
+            source, compared, windows, dtype=dtype, is_resident=False, states=request.states
+        )
         scores = comparison.run(on_progress=request.on_progress)
         used = TextUsed(
             request.text.name, request.text.sha256, windows.ids.size, len(scores), windows.context
@@ -118,7 +121,7 @@ def certify(
 
 
 def certificate_bytes(config: ModelConfig, *loaded: int) -> int:
-    """Return what measuring takes at most when it walks by blocks; bytes.
+    """Return what measuring takes at most; bytes.
 
     loaded: what each of the two models would take in memory. The ends of both, a block of each and
     one more matrix, as it is stored or unpacked, the states of the windows, and a slice of logits;

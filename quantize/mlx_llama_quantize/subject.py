@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx_llama import ops
 from mlx_llama.config import ModelConfig
 from mlx_llama.loading import ModelDirectory
+from mlx_llama.ops import DTYPES
 from mlx_llama.options import LoadOptions
 from mlx_llama.tokenizer import Tokenizer
 from mlx_llama.weights import SourceArrays, WeightSource
@@ -58,18 +59,25 @@ class Subject:
     ) -> Self:
         """Take the weights of a checkpoint, in these files."""
         config = weights.config
-        n_weights = sum(math.prod(weights.shape(each)) for each in weights.names())
         return cls(
             name=name,
             config=config,
             tokenizer=tokenizer,
             arrays=lambda: SourceArrays(weights),
-            loaded_bytes=lambda dtype: n_weights * dtype.size,
+            loaded_bytes=lambda dtype: dense_bytes(weights, dtype),
             dtype_with=lambda asked: ops.compute_dtype(
                 config.dtype, is_quantized=False, asked=asked
             ),
             identity=_identity(files, config),
         )
+
+
+def dense_bytes(weights: WeightSource, dtype: mx.Dtype) -> int:
+    """Return what weights take in memory where activations have a dtype."""
+    return sum(
+        math.prod(weights.shape(name)) * ops.dense_dtype(DTYPES[weights.dtype(name)], dtype).size
+        for name in weights.names()
+    )
 
 
 def _identity(files: Iterable[Path], config: ModelConfig) -> str:

@@ -56,7 +56,6 @@ def test_measuring_takes_no_more_than_its_bound(
     monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 20)
     monkeypatch.setattr(module, "UNPACKED_BYTES", 1 << 20)
     monkeypatch.setattr(products, "UNPACKED_BYTES", 1 << 20)
-    monkeypatch.setattr(comparison, "memory_found", lambda: 0)
     case = TINY.__class__(7, 8, 2, 64, 5e5, dim=512, n_layers=12, vocab_size=TINY.vocab_size)
     source = open_source(write_meta(tmp_path / "meta", case), ConvertOptions())
     result = open_model_directory(convert(tmp_path / "meta", tmp_path / "out", bits=4))
