@@ -38,16 +38,22 @@ class Run:
     output: str
 
 
-def run(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> Run:
+def run(
+    command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> Run:
     """Run a command to its end; SystemExit with its complaint when it fails.
 
-    env: what is added to the environment.
+    env: what is added to the environment. cwd: where it runs.
     """
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         busy_s = all_busy_s()
         started = perf_counter()
         child = subprocess.Popen(
-            command, stdout=output, stderr=errors, env={**os.environ, **(env or {})}
+            command,
+            stdout=output,
+            stderr=errors,
+            env={**os.environ, **(env or {})},
+            cwd=cwd,
         )
         _, status, usage = os.wait4(child.pid, 0)
         elapsed_s = perf_counter() - started

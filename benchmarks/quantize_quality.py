@@ -1,20 +1,28 @@
-"""Quantizes a model by every method and prints what each lost, on a text that none has seen.
+"""Quantizes a model by every method and prints what each lost, on texts that none has seen.
 
-    python benchmarks/quantize_quality.py FOLDER --work DIR [--bits 4 8] [--group-size 64]
-        [--target-bpw 4.5] [--text FILE] [--calibration FILE] [--peer-python PATH]
+    python benchmarks/quantize_quality.py bundled --work DIR --peer-python PATH
+    python benchmarks/quantize_quality.py FOLDER --work DIR [--group-size 64] [--text FILE ...]
+        [--calibration FILE] [--methods rtn gptq] [--peer-python PATH]
 
-FOLDER is a checkpoint; DIR takes the outputs, which are removed again. The KL divergence is that of
-the certificate, the ratio is against rtn at the first number of bits. PATH is a Python that has
-mlx-lm: its AWQ, GPTQ and dynamic quantization read the same weights and learn from the same text,
-which stands where they keep what they download.
+FOLDER is a checkpoint; DIR takes the outputs, which are removed again. Every result is compared
+with the unquantized model by `mlx-llama compare`, in float32: on the certificate's text, and for
+the bundled model on answers in wordings that it was never taught, too. Ratios are against rtn at 4
+bits; times are of quantizing alone.
+
+PATH is a Python that has mlx-lm and the same release of MLX: its AWQ, GPTQ and dynamic quantization
+read the same weights and learn from the same text, which stands where they keep what they download.
+They compute in float32, because the second moments of its GPTQ lose their least eigenvalues in
+bfloat16, and what they write is stored in bfloat16 then, as everything else here.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,107 +30,208 @@ from measuring import Run, print_table, run
 
 from mlx_llama_quantize.texts import CALIBRATION, CERTIFICATE, read_text, shipped
 
-PYTHON = "from mlx_llama_apps.entry import run_main; run_main()"
+BITS, TARGET, FINE = 4, 4.5, 8
 METHODS = ("rtn", "mse", "awq", "gptq", "awq+gptq", "auto")
-
-
-HEADER = ("what", "bits a weight", "mean KLD", "of rtn", "same top", "PPL ratio", "s", "peak MB")
-PEERS = {  # mlx-lm's modules and what of their arguments depends on us
-    "awq": lambda g: ["--bits", g.bits[0], "--group-size", g.group_size, "--embed-bits", g.bits[0],
-                      "--embed-group-size", g.group_size],
-    "gptq": lambda g: ["--bits", g.bits[0], "--group-size", g.group_size,
-                       "--fallback-bits", g.bits[0], "--fallback-group-size", g.group_size],
-    "dynamic_quant": lambda g: ["--target-bpw", g.target_bpw or 4.5, "--low-bits", 3],
+AT_TARGET, AT_FINE = ("mse", "auto"), ("rtn", "mse", "auto")
+BUNDLED = "bundled"
+STORED = ("--quiet", "--force", "--no-quantize", "--dtype")
+PYTHON = "from mlx_llama_apps.entry import run_main; run_main()"
+ROOT = Path(__file__).resolve().parent.parent
+# Argument 1: the file. As the model card's own text, but shorter.
+UNTAUGHT = """
+import sys
+from training.dialogs import Guide
+from training.text import sample_text
+with open(sys.argv[1], "w", encoding="utf-8") as file:
+    file.write(sample_text(Guide(), seed=7, n_turns=150, held=True))
+"""
+# Argument 1: a model directory; its scales, norms and dense matrices become bfloat16.
+STORE = """
+import sys
+from pathlib import Path
+import mlx.core as mx
+for path in Path(sys.argv[1]).glob("*.safetensors"):
+    arrays = {n: a.astype(mx.bfloat16) if a.dtype == mx.float32 else a
+              for n, a in mx.load(str(path)).items()}
+    mx.eval(arrays)
+    mx.save_safetensors(str(path), arrays, {"format": "mlx"})
+"""
+PEERS = {  # mlx-lm's modules and their arguments
+    "awq": ["--bits", BITS, "--group-size", "G", "--embed-bits", BITS, "--embed-group-size", "G"],
+    "gptq": ["--bits", BITS, "--group-size", "G", "--fallback-bits", BITS,
+             "--fallback-group-size", "G"],
+    "dynamic_quant": ["--target-bpw", TARGET, "--low-bits", 3],
 }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one method made. divergences: by text, as `compare --json` has them."""
+
+    title: str
+    bits_per_weight: float
+    divergences: list[dict[str, Any]]
+    done: Run
+
+    def kld(self, text: int) -> float:
+        """Return the mean KL divergence on a text, nats."""
+        return self.divergences[text]["kld"]["mean"]["value"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("source", metavar="FOLDER")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4])
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--target-bpw", type=float)
-    parser.add_argument("--text", type=Path)
+    parser.add_argument("--text", type=Path, nargs="+")
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--peer-python", type=Path)
     given = parser.parse_args()
-    sizes = [["--bits", str(bits), "--group-size", str(given.group_size)] for bits in given.bits]
-    sizes += [["--target-bpw", str(given.target_bpw)]] if given.target_bpw else []
+    given.work = given.work.resolve()
+    # A cache of its own: what was measured before would be found again, and cost no time.
+    home = given.work / "home"
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir(parents=True)
+    os.environ["MLX_LLAMA_HOME"] = str(home)
+    texts = _texts(given)
+    dense = given.work / "dense"
+    _command(
+        "convert", given.source, "-o", dense, "--no-quantize", "--dtype", "bfloat16", "--force"
+    )
     rows = [
-        _ours(given, f"{size[0][2:]} {size[1]}, {method}", size, method)
-        for size in sizes
-        for method in given.methods
+        _ours(given, dense, texts, size, method)
+        for size, methods in (
+            (["--bits", BITS, "--group-size", given.group_size], given.methods),
+            (["--target-bpw", TARGET], AT_TARGET),
+            (["--bits", FINE, "--group-size", given.group_size], AT_FINE),
+        )
+        for method in methods
     ]
-    if given.peer_python:
-        rows += _peers(given)
-    base = rows[0][0]
-    print_table(HEADER, [[row[0], row[1], row[2], f"{k / base:.2f}x", *row[3:]] for k, row in rows])
+    peers = _peers(given, dense, texts) if given.peer_python else []
+    _print(rows + peers, [text.name for text in texts])
+    _print_aims(rows, peers, len(texts))
+    shutil.rmtree(dense)
+    shutil.rmtree(home)
 
 
-Row = tuple[float, list[str]]  # the mean KL divergence, and what is printed
+def _command(*words: object) -> Run:
+    return run([sys.executable, "-c", PYTHON, *map(str, words)])
 
 
-def _ours(given: argparse.Namespace, title: str, size: list[str], method: str) -> Row:
+def _texts(given: argparse.Namespace) -> list[Path]:
+    """Return the files of the texts that are judged by."""
+    if given.text:
+        return given.text
+    first = given.work / CERTIFICATE
+    first.write_text(shipped(CERTIFICATE).content, encoding="utf-8")
+    if given.source != BUNDLED:
+        return [first]
+    second = given.work / "untaught.txt"
+    run([sys.executable, "-c", UNTAUGHT, str(second)], env={"PYTHONPATH": str(ROOT)})
+    return [first, second]
+
+
+def _ours(
+    given: argparse.Namespace, dense: Path, texts: list[Path], size: list[object], method: str
+) -> Row:
     out = given.work / "ours"
-    command = [sys.executable, "-c", PYTHON, "quantize", str(given.folder), "-o", str(out)]
-    command += ["--method", method, "--quiet", *size]
-    command += ["--text", str(given.text)] if given.text else []
-    if given.calibration and (method not in ("rtn", "mse") or "--target-bpw" in size):
-        command += ["--calibration", str(given.calibration)]
-    done = run(command)
-    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    shutil.rmtree(out)
-    found = manifest["certificate"]["divergence"]
-    return _row(title, manifest["bits_per_weight"], found, done)
+    learns = given.calibration and (method not in ("rtn", "mse") or "--target-bpw" in size)
+    done = _command(
+        "quantize", given.source, "-o", out, "--dtype", "bfloat16", "--method", method, *size,
+        "--no-report", "--quiet", *(["--calibration", given.calibration] if learns else []),
+    )  # fmt: skip
+    return _row(f"{' '.join(map(str, size))} --method {method}", dense, out, texts, done)
 
 
-def _peers(given: argparse.Namespace) -> list[Row]:
-    """Run mlx-lm's learned methods on the unquantized model, and compare as a certificate does."""
-    dense, home = given.work / "dense", given.work / "peer-home"
-    run([sys.executable, "-c", PYTHON, "convert", str(given.folder), "-o", str(dense),
-         "--no-quantize", "--quiet"])  # fmt: skip
+def _peers(given: argparse.Namespace, dense: Path, texts: list[Path]) -> list[Row]:
+    """Run mlx-lm's learned methods on the same weights in float32."""
+    wide, home = given.work / "wide", given.work / "peer-home"
+    _command("convert", given.source, "-o", wide, *STORED, "float32")
     cache = home / ".cache" / "mlx-lm"
     cache.mkdir(parents=True, exist_ok=True)
     text = read_text(given.calibration) if given.calibration else shipped(CALIBRATION)
     (cache / "calibration_v5.txt").write_text(text.content, encoding="utf-8")
-    judged = given.work / "judged.txt"
-    words = read_text(given.text) if given.text else shipped(CERTIFICATE)
-    judged.write_text(words.content, encoding="utf-8")
     rows: list[Row] = []
     for name, arguments in PEERS.items():
         out = given.work / f"mlx-lm-{name}"
-        asked = [str(each) for each in arguments(given)]
+        asked = [str(given.group_size if each == "G" else each) for each in arguments]
         start = f"from mlx_lm.quant.{name} import main; main()"  # not all of them are run by -m
-        command = [str(given.peer_python), "-c", start, "--model", str(dense)]
+        command = [str(given.peer_python.absolute()), "-c", start, "--model", str(wide)]
         command += ["--mlx-path", str(out), *asked]
-        done = run(command, env={"HOME": str(home), "HF_HUB_OFFLINE": "1"})
-        for file in dense.glob("*token*"):  # mlx-lm writes its tokens anew, and some differ
+        done = run(command, env={"HOME": str(home), "HF_HUB_OFFLINE": "1"}, cwd=home)
+        for file in wide.glob("*token*"):  # mlx-lm writes its tokens anew, and some differ
             shutil.copy(file, out)
-        compared = run([sys.executable, "-c", PYTHON, "compare", str(dense), str(out), "--text",
-                        str(judged), "--json", "--no-costs", "--dtype", "float32"])  # fmt: skip
-        report = json.loads(compared.output)
-        title = f"mlx-lm {name} {' '.join(asked)}"
-        rows.append(_row(title, report["b"]["bits_per_weight"], report["divergence"], done))
-        shutil.rmtree(out)
-    shutil.rmtree(dense)
+        run([sys.executable, "-c", STORE, str(out)])
+        rows.append(_row(f"mlx-lm {name} {' '.join(asked)}", dense, out, texts, done))
+    shutil.rmtree(wide)
     shutil.rmtree(home)
     return rows
 
 
-def _row(title: str, bits: float, found: dict[str, Any], done: Run) -> Row:
-    kld = found["kld"]["mean"]
-    print(f"{title}: {kld['value']:.5f}", file=sys.stderr, flush=True)
-    return kld["value"], [
-        title,
-        f"{bits:.2f}",
-        f"{kld['value']:.5f} ± {kld['error']:.5f}",
-        f"{100 * found['same_top']['value']:.1f} %",
-        f"{found['ratio']['value']:.4f}",
-        f"{done.elapsed_s:.0f}",
-        f"{done.peak_bytes / 1e6:.0f}",
+def _row(title: str, dense: Path, out: Path, texts: list[Path], done: Run) -> Row:
+    """Compare a result with the unquantized model, and remove it."""
+    reports = [
+        json.loads(
+            _command(
+                "compare", dense, out, "--text", text, "--json", "--no-costs", "--dtype", "float32"
+            ).output
+        )
+        for text in texts
     ]
+    shutil.rmtree(out)
+    divergences = [report["divergence"] for report in reports]
+    row = Row(title, reports[0]["b"]["bits_per_weight"], divergences, done)
+    klds = ", ".join(f"{row.kld(number):.5f}" for number in range(len(texts)))
+    print(f"{title}: {klds}", file=sys.stderr, flush=True)
+    return row
+
+
+def _print(rows: list[Row], names: list[str]) -> None:
+    header = ["what", "bits a weight"]
+    for name in names:
+        header += [f"mean KLD, {name}", "of rtn", "same top", "PPL ratio"]
+    cells: list[list[str]] = []
+    for row in rows:
+        cells.append([row.title, f"{row.bits_per_weight:.3f}"])
+        for number, found in enumerate(row.divergences):
+            mean = found["kld"]["mean"]
+            cells[-1] += [
+                f"{mean['value']:.5f} ± {mean['error']:.5f}",
+                f"{row.kld(number) / rows[0].kld(number):.2f}x",
+                f"{100 * found['same_top']['value']:.1f} %",
+                f"{found['ratio']['value']:.4f}",
+            ]
+        done = row.done
+        cells[-1] += [f"{done.elapsed_s:.0f}", f"{done.cpu_s:.0f}", f"{done.peak_bytes / 1e6:.0f}"]
+    print_table([*header, "s", "CPU s", "peak MB"], cells)
+
+
+def _print_aims(rows: list[Row], peers: list[Row], n_texts: int) -> None:
+    """Say what was to be reached, by text."""
+
+    def ratios(one: Row, other: Row) -> str:
+        return ", ".join(f"{one.kld(n) / other.kld(n):.2f}x" for n in range(n_texts))
+
+    def by(size: object, method: str) -> Row | None:
+        wanted = [r for r in rows if f" {size} " in r.title and r.title.endswith(f" {method}")]
+        return wanted[0] if wanted else None
+
+    print()
+    coarse = [row for row in rows if row.title.startswith(f"--bits {BITS} ")]
+    best = min(coarse, key=lambda row: row.kld(0))
+    print(f"* {best.title}, the best, of rtn (at most 0.6): {ratios(best, coarse[0])}")
+    for peer in peers:
+        print(f"* of {peer.title} (below 1): {ratios(best, peer)}")
+    for method in AT_TARGET:
+        sized, uniform = by(TARGET, method), by(BITS, method)
+        if sized and uniform:
+            print(f"* {sized.title} of {uniform.title} (at most 0.7): {ratios(sized, uniform)}")
+    for row in (by(FINE, method) for method in AT_FINE):
+        if row:
+            shares = ", ".join(f"{100 * d['same_top']['value']:.2f} %" for d in row.divergences)
+            klds = ", ".join(f"{row.kld(n):.5f}" for n in range(n_texts))
+            print(f"* {row.title}: same top {shares} (99 % at least), KLD {klds} (below 0.002)")
 
 
 if __name__ == "__main__":

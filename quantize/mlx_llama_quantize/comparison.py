@@ -129,8 +129,8 @@ class Comparison:
             states = [side.hidden(self.windows, chosen, on_window) for side in sides]
             for number, hidden_a, hidden_b in zip(chosen, *states, strict=True):
                 self._parts.append(self._score(sides, number, hidden_a, hidden_b))
-            self.done = chosen.stop
-            self._keep()
+                self.done = number + 1
+                self._keep()
         if self._state is not None:
             self._state.unlink(missing_ok=True)
         return TokenScores.joined(self._parts)
@@ -138,7 +138,7 @@ class Comparison:
     def group_size(self, sides: list[Side]) -> int:
         """Return how many windows go through the blocks together."""
         if self.is_resident:
-            return 1  # nothing is read anew, so progress is kept after every window
+            return 1  # nothing is read anew
         widest = max(side.config.dim * side.dtype.size for side in sides)
         return max(1, HIDDEN_BYTES // (2 * self.windows.context * widest))
 

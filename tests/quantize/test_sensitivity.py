@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,12 +14,13 @@ from mlx_llama.options import ConvertOptions
 from mlx_llama.weights import is_matrix
 from mlx_llama_convert import SourceModel, open_source
 from mlx_llama_convert.budget import open_budget, survey
+from mlx_llama_quantize import sensitivity, variants
 from mlx_llama_quantize.comparison import Comparison
 from mlx_llama_quantize.packing import pack_matrix, unpacked
-from mlx_llama_quantize.sensitivity import Sensitivity, Survey, SurveyRequest
+from mlx_llama_quantize.sensitivity import Sensitivity, Survey, SurveyRequest, survey_bytes
 from mlx_llama_quantize.subject import Subject
 from mlx_llama_quantize.texts import Text
-from model_folders import TINY_SCALED, write_hf, write_meta
+from model_folders import TINY, TINY_SCALED, write_hf, write_meta
 
 TEXT = Text("words", "the thing in hello world end " * 40)
 FORM, COARSE = QuantFormat(4, 64), QuantFormat(2, 64)
@@ -102,6 +104,31 @@ def test_stopped_survey_goes_on_to_the_same_numbers(source: SourceModel, tmp_pat
     assert survey_of(source, path).run() == whole
 
 
+def test_memory_stays_in_its_bound_however_many_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer, one more being packed and its variants' states; four layers more change nothing."""
+    for name in ("LOGITS_BYTES", "SLICE_BYTES"):
+        monkeypatch.setattr(variants, name, 1 << 19)
+    monkeypatch.setattr(sensitivity, "MAX_WINDOWS", 1)
+    monkeypatch.setattr(sensitivity, "CONTEXT", 128)
+    peaks: list[int] = []
+    for n_layers in (2, 6):
+        case = replace(TINY, n_heads=4, n_kv_heads=2, dim=256, n_layers=n_layers)
+        source = open_source(write_hf(tmp_path / f"{n_layers}", case), ConvertOptions())
+        asked = survey_of(source, tmp_path / f"{n_layers}.json")
+        assert asked.windows.ids.shape == (1, 128)
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        asked.run()
+        peaks.append(mx.get_peak_memory() - before)
+        bound = survey_bytes(source.config)
+        assert bound / 3 < peaks[-1] < bound
+    layer = 4 * source.config.parameter_count / n_layers
+    assert peaks[1] - peaks[0] < layer / 4
+
+
 def test_between_and_beyond_the_probes() -> None:
     errors = {COARSE: 0.1, QuantFormat(3, 64): 0.03, FORM: 0.008, QuantFormat(8, 64): 3e-5}
     found = Sensitivity("m", {COARSE: 1.0, FORM: 0.08}, errors)
@@ -110,7 +137,8 @@ def test_between_and_beyond_the_probes() -> None:
     assert found.divergence(QuantFormat(8, 64)) == pytest.approx(3e-4)
 
 
-def test_planted_outliers_get_more_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", [100, 1, 2, 3, 4])
+def test_planted_outliers_get_more_bits(tmp_path: Path, seed: int) -> None:
     """A large column in each group, whose inputs are small: the same model, but hard to pack."""
 
     def change(weights: dict[str, np.ndarray], config: dict[str, object]) -> None:
@@ -122,7 +150,8 @@ def test_planted_outliers_get_more_bits(tmp_path: Path) -> None:
     options = ConvertOptions(target_bpw=5.5, group_size=64)
     bits: list[list[int]] = []
     for number, changed in enumerate((None, change)):
-        source = open_source(write_hf(tmp_path / f"{number}", change=changed), options)
+        folder = write_hf(tmp_path / f"{number}", replace(TINY, seed=seed), change=changed)
+        source = open_source(folder, options)
         plan = survey(open_budget(source, options), SurveyRequest(TEXT, tmp_path / "surveys"))
         assert plan.bits_per_weight <= 5.5
         forms = (plan.forms[f"layers.1.feed_forward.{part}.weight"] for part in ("w1", "w3"))
