@@ -137,7 +137,7 @@ def test_between_and_beyond_the_probes() -> None:
     assert found.divergence(QuantFormat(8, 64)) == pytest.approx(3e-4)
 
 
-@pytest.mark.parametrize("seed", [100, 1, 2, 3, 4])
+@pytest.mark.parametrize("seed", [100, 1, 2])
 def test_planted_outliers_get_more_bits(tmp_path: Path, seed: int) -> None:
     """A large column in each group, whose inputs are small: the same model, but hard to pack."""
 
@@ -147,7 +147,7 @@ def test_planted_outliers_get_more_bits(tmp_path: Path, seed: int) -> None:
         for matrix in ("gate_proj", "up_proj"):
             weights[f"{layer}.mlp.{matrix}.weight"][:, ::32] *= 50
 
-    options = ConvertOptions(target_bpw=5.5, group_size=64)
+    options = ConvertOptions(target_bpw=5.5, group_size=64, method="auto")
     bits: list[list[int]] = []
     for number, changed in enumerate((None, change)):
         folder = write_hf(tmp_path / f"{number}", replace(TINY, seed=seed), change=changed)
