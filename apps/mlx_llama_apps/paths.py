@@ -59,8 +59,14 @@ def chat_caches_folder() -> Path:
 
 
 def models_at_hand() -> list[Path]:
-    """Return the model directories in the models folder, by name."""
-    return sorted(p for p in models_folder().glob("*") if (p / "config.json").is_file())
+    """Return the model directories in the models folder, by name; none that is being made."""
+    from mlx_llama_convert.output import JOURNAL
+
+    return sorted(
+        p
+        for p in models_folder().glob("*")
+        if (p / "config.json").is_file() and not (p / JOURNAL).exists()
+    )
 
 
 def models_folder() -> Path:

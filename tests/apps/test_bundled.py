@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +18,9 @@ import pytest
 
 import mlx_llama
 from mlx_llama_apps import bundled, paths
+from mlx_llama_apps.chat.store import VERSION
 from mlx_llama_apps.main import main
+from tiny_models import write_meta
 
 MAX_BYTES = 16_000_000
 ASKED = [
@@ -208,6 +212,161 @@ def test_a_directory_of_other_weights_is_made_anew(
     assert "done in" in capsys.readouterr().err
     assert paths.resolve_model("bundled") == made
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("part", ["version", "weights"])
+def test_one_of_another_version_or_cut_short_is_made_anew(
+    home: Path, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    made = paths.resolve_model("bundled")
+    if part == "version":
+        manifest = json.loads((made / "manifest.json").read_text())
+        (made / "manifest.json").write_text(json.dumps({**manifest, "version": "0.0.1"}))
+    else:
+        os.truncate(made / "model.safetensors", 1000)
+    capsys.readouterr()
+    assert main(["verify", str(paths.resolve_model("bundled"))]) == 0
+    assert "done in" in capsys.readouterr().err
+    assert paths.resolve_model("bundled") == made
+    assert capsys.readouterr().err == ""
+
+
+MANIFESTS = ["{", "[]", "{}", *(f'{{"source":{{"files":{f}}}}}' for f in ("5", '["x"]', "[{}]"))]
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS)
+def test_a_manifest_that_says_nothing_is_one_line(
+    home: Path, capsys: pytest.CaptureFixture[str], manifest: str
+) -> None:
+    bundled.target().mkdir(parents=True)
+    (bundled.target() / "manifest.json").write_text(manifest)
+    assert main(["run", "bundled", "Hi"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "bundled-8bit: the bundled model belongs there, and this is another" in line
+    assert (bundled.target() / "manifest.json").read_text() == manifest
+
+
+def test_another_model_of_that_name_stays(
+    tmp_path: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A conversion of the user's own folder `bundled` was replaced without a word."""
+    write_meta(tmp_path / "here" / "bundled")
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["convert", "./bundled", "--bits", "8"]) == 0
+    monkeypatch.chdir(tmp_path)
+    before = (bundled.target() / "manifest.json").read_bytes()
+    capsys.readouterr()
+    assert main(["run", "bundled", "Hi"]) == 1
+    assert "rename the folder" in capsys.readouterr().err
+    assert main(["chat"]) == 2
+    assert "MODEL is missing" in capsys.readouterr().err
+    assert (bundled.target() / "manifest.json").read_bytes() == before
+
+
+def test_a_file_of_the_users_in_it_is_not_lost(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = paths.resolve_model("bundled")
+    (made / "notes.txt").write_text("mine")
+    (made / "model.safetensors").unlink()
+    capsys.readouterr()
+    assert main(["show", "bundled"]) == 1
+    assert "or holds more; rename the folder" in capsys.readouterr().err
+    assert (made / "notes.txt").read_text() == "mine"
+
+
+def test_two_first_uses_at_once_both_answer(home: Path) -> None:
+    first, second = (
+        subprocess.Popen(
+            command("run", "bundled", "what does --seed do?"),
+            env=environment(home),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    )
+    for process in (first, second):
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert "makes the answer repeatable" in out
+
+
+def test_the_second_use_waits_for_the_first(home: Path) -> None:
+    folder = bundled.target().parent
+    folder.mkdir(parents=True)
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with subprocess.Popen(
+        command("show", "bundled"), env=environment(home), stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert "waiting for it" in process.stderr.readline()
+        assert not (bundled.target()).exists()
+        os.close(lock)
+        assert process.wait(timeout=120) == 0
+
+
+def test_what_is_being_made_is_no_model_at_hand(home: Path, converted: Path) -> None:
+    """A quantization that was interrupted while it compared took the guide's place in `chat`."""
+    partial = home / "data" / "models" / "mine-4bit.partial"
+    partial.mkdir(parents=True)
+    (partial / "config.json").write_text("{}")
+    (partial / ".mlx-llama-partial").write_text("")
+    done = pipe_to_chat(home, home.parent)
+    assert done.returncode == 0, done.stderr
+    assert "done in" in done.stderr
+
+
+def pipe_to_chat(home: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command("chat", *arguments),
+        env=environment(home),
+        cwd=cwd,
+        input="what does --seed do?",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
+def test_chat_without_a_model_takes_no_folder_of_that_name(
+    tmp_path: Path, home: Path, kind: str
+) -> None:
+    """`chat` looked for the name "bundled" where the user stood."""
+    match kind:
+        case "file":
+            (tmp_path / "bundled").write_text("")
+        case "folder":
+            (tmp_path / "bundled").mkdir()
+        case _:
+            (tmp_path / "bundled").symlink_to(tmp_path / "nowhere" / "foo")
+    done = pipe_to_chat(home, tmp_path)
+    assert "makes the answer repeatable" in done.stdout, done.stderr
+    assert [path.name for path in (home / "data" / "models").iterdir()] == ["bundled-8bit"]
+
+
+def test_a_chat_with_it_goes_on_where_it_was_removed(home: Path) -> None:
+    with chatting(home) as terminal:
+        terminal.expect(PROMPT)
+        terminal.ask("what does --seed do?")
+    shutil.rmtree(home / "data" / "models")
+    done = pipe_to_chat(home, home, "--resume")
+    assert "makes the answer repeatable" in done.stdout, done.stderr
+    assert "done in" in done.stderr
+
+
+def test_a_chat_with_a_model_that_is_gone_says_how_to_go_on(home: Path) -> None:
+    chats = home / "data" / "chats"
+    chats.mkdir(parents=True)
+    header = {"type": "chat", "version": VERSION, "model": "/nowhere/tiny"}
+    (chats / "20260101-000000.jsonl").write_text(json.dumps(header) + "\n")
+    done = pipe_to_chat(home, home, "--resume")
+    assert "chat MODEL --resume 20260101-000000" in done.stderr
 
 
 def test_a_folder_of_that_name_goes_first(

@@ -6,12 +6,19 @@ is converted from it on first use.
 
 from __future__ import annotations
 
-import json
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from mlx_llama.errors import CheckpointError
+import mlx_llama
+from mlx_llama.errors import CheckpointError, OutputError
 from mlx_llama.options import ConvertOptions
+from mlx_llama.strict_json import load_json
 from mlx_llama_apps import paths
+from mlx_llama_apps.progress import remark
 
 BITS = 8  # small models lose much at 4
 _FOLDER = Path(__file__).parent / "Llama-3.1-Guide-4M-Instruct"
@@ -30,38 +37,101 @@ def checkpoint() -> Path:
 
 def target() -> Path:
     """Return where the converted checkpoint goes."""
-    return paths.default_output(Path(paths.BUNDLED), size=f"{BITS}bit")
+    return paths.models_folder() / f"{paths.BUNDLED}-{BITS}bit"
 
 
 def model_directory() -> Path:
     """Return the converted checkpoint; it is made, with plan and progress, where it is not there.
 
-    One that was made of other weights, by another version of the program, is replaced.
+    One that was made of other weights or by another version of the program, or that has lost
+    weights, is replaced; whoever asks meanwhile waits for it. Raises OutputError where something
+    else has its place.
     """
     source, made = checkpoint(), target()
-    if _is_made_of(made, source):
+    if _is_whole(made, source):
         return made
     from mlx_llama_apps.convert import build
     from mlx_llama_apps.flags import MakingFlags
     from mlx_llama_convert import open_source
 
-    options = ConvertOptions(bits=BITS)
-    opened, making = open_source(source, options), MakingFlags(force=made.exists())
-    build(opened, options, made, making, says_path=False)
+    with _alone_in(made.parent):
+        if not _is_whole(made, source):
+            _refuse_another(made)
+            options = ConvertOptions(bits=BITS)
+            opened, making = open_source(source, options), MakingFlags(force=made.exists())
+            build(opened, options, made, making, says_path=False)
     return made
 
 
-def _is_made_of(target: Path, source: Path) -> bool:
-    """Whether a directory's manifest names these very weights."""
-    from mlx_llama_convert.checklist import expected_digests
-    from mlx_llama_convert.output import MANIFEST_NAME
+def is_made() -> bool:
+    """Whether a model directory of this checkpoint is there, whole or not."""
+    source = _manifest(target()).get("source")
+    return isinstance(source, dict) and source.get("name") == _FOLDER.name
 
-    if not (target / MANIFEST_NAME).is_file():
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock: of two first uses at once the second waits, and finds it made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            remark("another mlx-llama is making the bundled model: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _refuse_another(made: Path) -> None:
+    """Refuse to replace a directory that is not of this checkpoint, or holds more than it."""
+    from mlx_llama_convert.output import check_target
+
+    is_there = made.exists() or made.is_symlink()
+    try:
+        check_target(made, force=True)
+    except OutputError:
+        is_ours = False
+    else:
+        is_ours = is_made()
+    if is_there and not is_ours:
+        raise OutputError(
+            f"{made}: the bundled model belongs there, and this is another, or holds more; rename "
+            "the folder and run the command again"
+        )
+
+
+def _manifest(made: Path) -> dict[str, Any]:
+    """Return a directory's manifest; nothing where it is damaged or not there."""
+    from mlx_llama_convert.output import MANIFEST_NAME, MAX_JSON_BYTES
+
+    try:
+        return load_json(made / MANIFEST_NAME, max_bytes=MAX_JSON_BYTES)
+    except CheckpointError:
+        return {}
+
+
+def _is_whole(made: Path, source: Path) -> bool:
+    """Whether a directory was made of these very weights by this version, and has its files."""
+    from mlx_llama_convert.checklist import expected_digests
+
+    manifest = _manifest(made)
+    if manifest.get("version") != mlx_llama.__version__ or not is_made():
         return False
-    expected = expected_digests([source / _WEIGHTS])
-    manifest = json.loads((target / MANIFEST_NAME).read_text(encoding="utf-8"))
-    found = {file["name"]: file for file in manifest["source"]["files"]}
-    return all(
+    files, sources = manifest.get("files"), manifest["source"].get("files")
+    if not isinstance(files, dict) or not isinstance(sources, list):
+        return False
+    found = {str(each.get("name")): each for each in sources if isinstance(each, dict)}
+    return all(_has(made / name, entry) for name, entry in files.items()) and all(
         found.get(path.name, {}).get(algorithm) == digest
-        for path, (algorithm, digest) in expected.items()
+        for path, (algorithm, digest) in expected_digests([source / _WEIGHTS]).items()
     )
+
+
+def _has(path: Path, entry: object) -> bool:
+    """Whether a file is there and, where it holds weights, is as long as it was written."""
+    if not isinstance(entry, dict) or not path.is_file():
+        return False
+    return path.suffix != ".safetensors" or path.stat().st_size == entry.get("bytes")

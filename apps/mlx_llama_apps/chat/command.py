@@ -100,21 +100,13 @@ def _model_path(model: str | None, saved: SavedChat | None, is_interactive: bool
     if model is not None:
         return paths.resolve_model(model)
     if saved is not None and saved.model:
-        from mlx_llama_apps.chat.store import ChatError
-
-        try:
-            return paths.resolve_model(saved.model)
-        except MlxLlamaError as error:
-            raise ChatError(
-                f"--resume: the model of chat {saved.id} is not there any more; name one: "
-                f"mlx-llama chat MODEL --resume {saved.id} ({error})"
-            ) from error
+        return _model_of(saved)
     from mlx_llama_apps.chat.choice import choose_model, models_at_hand
 
     found = models_at_hand()
-    made = bundled.target()
-    if all(path == made for path, _ in found):  # nothing to choose from
-        return paths.resolve_model(paths.BUNDLED)
+    guide = bundled.target() if bundled.is_made() else None
+    if all(path == guide for path, _ in found):  # nothing to choose from
+        return bundled.model_directory()
     if is_interactive:
         return choose_model(found)
     at_hand = ", ".join(path.name for path, _ in found) or "none"
@@ -122,6 +114,21 @@ def _model_path(model: str | None, saved: SavedChat | None, is_interactive: bool
         "MODEL is missing: give a model directory, such as mlx-llama convert makes of a "
         f"checkpoint; at hand: {at_hand}"
     )
+
+
+def _model_of(saved: SavedChat) -> Path:
+    """Return the model of a saved chat; the bundled one is made again where it is gone."""
+    from mlx_llama_apps.chat.store import ChatError
+
+    if Path(saved.model) == bundled.target() and not bundled.target().exists():
+        return bundled.model_directory()
+    try:
+        return paths.resolve_model(saved.model)
+    except MlxLlamaError as error:
+        raise ChatError(
+            f"--resume: the model of chat {saved.id} is not there any more; name one: "
+            f"mlx-llama chat MODEL --resume {saved.id} ({error})"
+        ) from error
 
 
 def _loader(
