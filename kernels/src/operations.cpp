@@ -25,6 +25,11 @@ bool has_f16c() {
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
+
 // Whether tiles of bfloat16 can be multiplied, which Linux wants to be asked for: their state is
 // large, and a signal's stack must hold it.
 bool may_use_tiles() {
@@ -50,12 +55,16 @@ std::vector<const Table*> find_tables() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       has_f16c()) {
     tables.push_back(table_avx2());
+    if (has_avx_vnni()) tables.push_back(table_avxvnni());
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
       tables.push_back(table_avx512());
-      if (__builtin_cpu_supports("avx512vbmi")) {
-        tables.push_back(table_vbmi());
-        if (may_use_tiles()) tables.push_back(table_amx());
+      if (__builtin_cpu_supports("avx512vnni")) {
+        tables.push_back(table_vnni());
+        if (__builtin_cpu_supports("avx512vbmi")) {
+          tables.push_back(table_vbmi());
+          if (may_use_tiles()) tables.push_back(table_amx());
+        }
       }
     }
   }

@@ -4,7 +4,7 @@
 // Scales are applied once for each block; biases through the lane's sum of activations.
 #pragma once
 
-#include "mlx_llama_kernels/matrix.h"
+#include "mlx_llama_kernels/digits.h"
 
 namespace mlk::MLK_ISA {
 
@@ -15,6 +15,9 @@ static inline size_t blocks_of(const Matrix& a) {
 
 // Prepared: for each row of x its blocks, each PER vectors of activations and one of lane sums.
 static size_t prepared_floats(const Matrix& a, size_t m) {
+#if defined(__AVX2__)
+  if (digits::takes(a)) return digits::floats(a, m);
+#endif
   size_t floats = 0;
   by_layout(a, [&](auto layout) {
     using L = decltype(layout);
@@ -24,6 +27,9 @@ static size_t prepared_floats(const Matrix& a, size_t m) {
 }
 
 static void prepare(const Matrix& a, const Rows& x, float* prepared) {
+#if defined(__AVX2__)
+  if (digits::takes(a)) return digits::prepare(a, x, prepared);
+#endif
   by_layout(a, [&](auto layout) {
     using L = decltype(layout);
     size_t blocks = blocks_of<L>(a);
@@ -47,16 +53,12 @@ static void prepare(const Matrix& a, const Rows& x, float* prepared) {
   });
 }
 
-constexpr size_t MOST_GROUPS = 4096;  // of a row, held on the stack: 131072 columns at least
-
 // Widens the scales of one row; what a vector reads behind them is zero.
 static inline void widen_scales(const Matrix& a, const void* from, size_t row, float* to) {
   size_t groups = a.columns / a.group;
   widen_row(a.type, from, row * groups, to, groups);
   for (int lane = 0; lane < 2 * W; ++lane) to[groups + lane] = 0;
 }
-
-constexpr size_t AHEAD = 2048;  // bytes that are asked of the memory before they are used
 
 template <class L, int M>
 static inline void row_product(const Matrix& a, const float* prepared, size_t row, size_t blocks,
@@ -106,6 +108,9 @@ static inline void row_product(const Matrix& a, const float* prepared, size_t ro
 
 static void few(const Matrix& a, const Rows& x, const float* prepared, void* y, size_t first,
                 size_t last) {
+#if defined(__AVX2__)
+  if (digits::takes(a)) return digits::few(a, x, prepared, y, first, last);
+#endif
   by_layout(a, [&](auto layout) {
     using L = decltype(layout);
     I lanes = {};

@@ -65,6 +65,25 @@ static inline F load(const f16* p) {
 #endif
 }
 
+// The first n numbers, a whole vector's at most, zero behind them.
+template <class T>
+static inline F load_some(const T* p, size_t n) {
+#if defined(__AVX512F__)
+  __mmask16 there = n < size_t(W) ? __mmask16((1u << n) - 1) : __mmask16(0xffff);
+  if constexpr (sizeof(T) == 4) return (F)_mm512_maskz_loadu_ps(there, p);
+  __m256i halves = _mm256_maskz_loadu_epi16(there, p);
+  if constexpr (std::is_same_v<T, bf16>) {
+    return (F)((U)_mm512_maskz_cvtepu16_epi32(0xffff, halves) << 16);
+  }
+  return (F)_mm512_maskz_cvtph_ps(0xffff, halves);
+#else
+  if (n >= size_t(W)) return load(p);
+  T rest[W] = {};
+  for (size_t i = 0; i < n; ++i) rest[i] = p[i];
+  return load(rest);
+#endif
+}
+
 // a and b taken in turns: their lower halves, their upper ones.
 static inline F mixed_low(F a, F b) {
 #if MLK_LANES == 16
@@ -146,9 +165,14 @@ static inline __m512i unpack64(const void* from, size_t n) {
 static inline F all(float x) { return x - F{}; }
 
 static inline float sum(F v) {
-  float total = 0;
-  for (int lane = 0; lane < W; ++lane) total += v[lane];
-  return total;
+  // Halves are added, not lane by lane, each of which would wait for the one before.
+  float lanes[W];
+  store(lanes, v);
+#pragma GCC unroll 4
+  for (int half = W / 2; half; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
 }
 
 static inline F larger(F a, F b) { return a > b ? a : b; }

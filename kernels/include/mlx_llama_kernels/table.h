@@ -110,7 +110,9 @@ constexpr size_t few_rows = 5;
 const Table* table_baseline();
 #if defined(__x86_64__)
 const Table* table_avx2();
+const Table* table_avxvnni();
 const Table* table_avx512();
+const Table* table_vnni();
 const Table* table_vbmi();
 const Table* table_amx();
 #endif
