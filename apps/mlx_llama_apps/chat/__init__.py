@@ -2,8 +2,9 @@
 
 `talk` is the conversation on the inference thread, with `store`, its file, and `folders`, where all
 files are; `commands` the table of what begins with a slash, with `settings`; `view` all that is
-drawn, with `blocks` and `markdown`; `reader` the keyboard. `conversation` joins them, with `shelf`
-for the saved chats; `command` reads the flags.
+drawn, with `streaming`, `blocks` and `markdown`; `reader` the keyboard, with `hush` for when nobody
+reads it. `conversation` joins them, with `answers`, `shelf` for the saved chats, and `parts`, what
+those share; `command` reads the flags.
 """
 
 from mlx_llama_apps.chat.command import chat, with_optional_values
