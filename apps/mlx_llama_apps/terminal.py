@@ -15,6 +15,8 @@ from mlx_llama.errors import MlxLlamaError
 # What a model (or a file it was fed) must not send to a terminal: C0 and C1 but tab and newline.
 # Halves of surrogate pairs cannot be written at all; they come from bytes that were no UTF-8.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Characters of two columns that belong to no word: a row may end before and behind each.
+WIDE = "\u1100-\u11ff\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6"
 _CLEAR_LINE = "\r\x1b[2K"
 
 

@@ -23,7 +23,7 @@ from rich.text import Text
 from rich.theme import Theme
 
 from mlx_llama_apps.chat.blocks import Block, Kind
-from mlx_llama_apps.terminal import visible
+from mlx_llama_apps.terminal import WIDE, visible
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
@@ -49,6 +49,7 @@ _LEADING = re.compile(r" {0,3}(#{1,6}|>)[ \t]+")  # what a heading or a quotatio
 _STRUCTURE = re.compile(r"\A(\d{0,9})((?:[-+*.)#=]+(?=\s|$))|>|`{3}|~{3})")  # at a line's beginning
 _TRAILING = re.compile(r"[ ]+((?:\x1b\[[0-9;]*m)*)$", re.MULTILINE)
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
+_WORD_OR_WIDE = re.compile(rf"[{WIDE}]|[^\s{WIDE}]+")
 _CUT = "\ue000"  # stands where a block was cut; no word of a language has it
 
 
@@ -84,14 +85,29 @@ class _PlainCode(CodeBlock):
 
 
 class _WholeTable(TableElement):
-    """A table whose words are broken where a column is narrower, and never cut."""
+    """A table; where it has no room without breaking words, its rows as lines under each other."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        parts = (self.header.row if self.header else None, *(self.body.rows if self.body else ()))
+        rows = [[cell.content for cell in row.cells] for row in parts if row is not None]
+        widths = [max(map(_widest_word, column)) for column in zip(*rows, strict=False)]
+        if sum(widths) + 2 * len(widths) > options.max_width:
+            for row in rows[1:]:
+                yield from (
+                    Text.assemble((name.plain, "markdown.table.header"), ": ", cell)
+                    for name, cell in zip(rows[0], row, strict=False)
+                )
+                yield Text()
+            return
         for table in super().__rich_console__(console, options):
             if isinstance(table, Table):
                 for column in table.columns:
                     column.overflow = "fold"
             yield table
+
+
+def _widest_word(text: Text) -> int:
+    return max(map(cell_len, _WORD_OR_WIDE.findall(text.plain)), default=1)
 
 
 class _Markdown(Markdown):

@@ -16,10 +16,8 @@ from rich.console import Console
 from mlx_llama.turn import n_shared
 from mlx_llama_apps.chat.blocks import Block, BlockReader, Kind
 from mlx_llama_apps.chat.markdown import Drawing
-from mlx_llama_apps.terminal import visible
+from mlx_llama_apps.terminal import WIDE, visible
 
-# Characters of two columns that belong to no word: a row may end before and behind each.
-WIDE = "\u1100-\u11ff\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6"
 AS_PICTURE = "\ufe0f"  # makes of a character a picture, which some terminals show wider
 _ROW = re.compile(r".*")
 _WORD = re.compile(rf"[^\s{WIDE}]*")

@@ -236,6 +236,22 @@ def test_nothing_is_lost_that_markdown_would_hide(
     assert {c for c in text if c.isalnum()} <= set(shown)
 
 
+@pytest.mark.parametrize(
+    ("columns", "lines"),
+    [
+        (18, [" Name    of what", "~", " top_p   the most", "         likely", " キーテ  -"]),
+        (14, ["Name: top_p", "of what: the", "most likely", "", "Name:", "キーテスト"]),
+    ],
+)
+def test_table_without_room_becomes_lines(
+    columns: int, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once its letters stood under each other."""
+    text = "| Name | of what |\n|---|---|\n| top_p | the most likely |\n| キーテスト | - |\n"
+    shown = drawn("", [text], columns, monkeypatch)
+    assert [re.sub("^ ─+$", "~", line) for line in shown[: len(lines)]] == lines
+
+
 def test_address_that_is_its_own_text_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drawn("", ["see <http://a.b/c>."], 60, monkeypatch)[0] == "see http://a.b/c."
 
