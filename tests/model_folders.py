@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
+from mlx_llama.config import QuantFormat
+from mlx_llama.loading import INDEX_NAME
 from mlx_llama.options import ConvertOptions
 from mlx_llama_convert import convert_checkpoint, make_plan, open_source
 from pth_writer import write_checkpoint
@@ -19,6 +23,7 @@ from random_models import (
     meta_weights,
     random_model,
     write_hf_weights,
+    write_safetensors,
 )
 from tiny_tokenizers import tiny_spm, write_spm, write_tiktoken
 
@@ -81,3 +86,62 @@ def convert(source: Path, target: Path, **options: Any) -> Path:
 def arrays_of(weights: Mapping[str, Any]) -> dict[str, mx.array]:
     """Return numpy weights as MLX arrays."""
     return {name: mx.array(array) for name, array in weights.items()}
+
+
+def shard_name(index: int) -> str:
+    return f"model-{index + 1:05d}-of-00003.safetensors"
+
+
+def split(folder: Path, *, with_index: bool = True) -> dict[str, str]:
+    """Cut model.safetensors into three files; return the index's weight_map."""
+    weights, _ = random_model(TINY)
+    names = list(weights)
+    weight_map: dict[str, str] = {}
+    for index in range(3):
+        part = {name: weights[name] for name in names[index::3]}
+        write_safetensors(folder / shard_name(index), part)
+        weight_map |= dict.fromkeys(part, shard_name(index))
+    (folder / "model.safetensors").unlink()
+    if with_index:
+        write_index(folder, weight_map)
+    return weight_map
+
+
+def write_index(folder: Path, weight_map: object) -> None:
+    content = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(content))
+
+
+_PARTS = ("weight", "scales", "biases")
+_FOUR, _EIGHT = QuantFormat(4, 64), QuantFormat(8, 32)
+
+
+def _form_of(module: str) -> QuantFormat | None:
+    if module in ("lm_head", "model.layers.1.self_attn.k_proj"):
+        return None
+    return _EIGHT if module.endswith(("embed_tokens", "down_proj", "v_proj")) else _FOUR
+
+
+def write_as_mlx_lm_does(folder: Path) -> Weights:
+    """Write TINY packed, settings by module in config.json; return the unpacked weights."""
+    write_hf(folder)
+    weights, raw = random_model(TINY)
+    entry: dict[str, Any] = {"group_size": _FOUR.group_size, "bits": _FOUR.bits}
+    arrays: dict[str, mx.array] = {}
+    unpacked: Weights = {}
+    for name, array in arrays_of(weights).items():
+        module = name.removesuffix(".weight")
+        form = _form_of(module) if array.ndim == 2 else None
+        if form is None:
+            arrays[name], unpacked[name] = array, weights[name]
+            entry |= {module: False} if array.ndim == 2 else {}
+            continue
+        settings: Any = {"group_size": form.group_size, "bits": form.bits}
+        packed = mx.quantize(array, **settings)
+        arrays |= {f"{module}.{part}": a for part, a in zip(_PARTS, packed, strict=True)}
+        unpacked[name] = np.asarray(mx.dequantize(*packed, **settings))
+        entry |= {module: settings} if form != _FOUR else {}
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays, metadata={"format": "mlx"})
+    raw |= {"quantization": entry, "quantization_config": entry}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return unpacked

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import pytest
-import tokenizers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -21,12 +16,12 @@ from mlx_llama.errors import OutputError, TokenizerError, UnsupportedModelError
 from mlx_llama.kinds import KINDS, kind_named, prompt_of_template
 from mlx_llama.prompts import as_messages, prompt_format
 from mlx_llama.prompts.llama2 import TAGS
-from mlx_llama.tokenizer import Tokenizer, open_tokenizer
-from mlx_llama.tokenizer.spm_proto import Piece, PieceType, SpmModel, parse_model
+from mlx_llama.tokenizer import open_tokenizer
+from mlx_llama.tokenizer.spm_proto import SpmModel
 from mlx_llama_convert.tokenizer_files import chat_template, write_tokenizer_files
-from shared_data import shared
 from tiny_tokenizers import tiny_spm, write_spm, write_tiktoken
 from token_texts import DATE, DIALOGS, TEXTS, TOOL_DIALOG
+from written_tokenizers import SOURCES, Written, read_json, written
 
 # Seconds for Llama 3's 280,147 merges; measured 0.8.
 LLAMA3_LIMIT_S = 8.0
@@ -34,64 +29,12 @@ LLAMA3_LIMIT_S = 8.0
 SPECIAL_TEXT = re.compile(r"<\|\w+\|>|<s>|</s>|<unk>|<step>")
 
 
-@dataclass(frozen=True)
-class Written:
-    """A source, the folder made from it, and what reads that folder."""
-
-    source: Tokenizer
-    folder: Path
-    names: list[str]
-    peer: tokenizers.Tokenizer
-
-
-SOURCES: dict[str, tuple[str, Callable[[Path], Path]]] = {
-    "tiny llama3": ("llama3.1-instruct", lambda d: write_tiktoken(d / "a.model")),
-    "tiny llama2": ("llama2-chat", lambda d: write_spm(d / "b.model")),
-    "tiny codellama": (
-        "codellama-70b-instruct",
-        lambda d: write_spm(d / "c.model", tiny_spm(specials=("<step>",))),
-    ),
-    "tiny extra": (
-        "llama2",
-        lambda d: write_spm(d / "d.model", tiny_spm(remove_extra_whitespaces=True)),
-    ),
-    "tiny bare": ("llama2", lambda d: write_spm(d / "e.model", tiny_spm(add_dummy_prefix=False))),
-    "llama2": ("llama2-chat", lambda _: shared("tokenizers/llama2.model")),
-    "llama3": ("llama3-instruct", lambda _: shared("tokenizers/llama3.model")),
-    "llama3.1": ("llama3.1-instruct", lambda _: shared("tokenizers/llama3.model")),
-    "stories": ("llama2", lambda _: shared("checkpoints/stories260k/tokenizer.model")),
-    "codellama": ("codellama-70b-instruct", lambda d: write_spm(d / "f.model", with_step())),
-}
 CHATS = [name for name, (kind, _) in SOURCES.items() if not KINDS[kind].is_base]
-_written: dict[str, Written] = {}
-
-
-def with_step() -> SpmModel:
-    pieces = parse_model(shared("tokenizers/llama2.model").read_bytes()).pieces
-    return SpmModel((*pieces, Piece("<step>", 0.0, PieceType.CONTROL)))
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    _written.clear()
     return tmp_path_factory.mktemp("files")
-
-
-def written(name: str, base: Path) -> Written:
-    """Write a source's files once, and open them with the `tokenizers` library."""
-    if name not in _written:
-        kind, make = SOURCES[name]
-        source = open_tokenizer(make(base))
-        folder = base / name
-        folder.mkdir()
-        names = write_tokenizer_files(source, kind_named(kind), folder, max_context=4096)
-        peer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        _written[name] = Written(source, folder, names, peer)
-    return _written[name]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # --- ids ----------------------------------------------------------------------------------------
@@ -339,115 +282,3 @@ def test_what_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     kept = write_spm(tmp_path / "b.model", SpmModel(tiny_spm().pieces, escape_whitespaces=False))
     with pytest.raises(UnsupportedModelError, match="not the identity"):
         write_tokenizer_files(open_tokenizer(kept), kind_named("llama2"), tmp_path, max_context=1)
-
-
-# --- tokenizer.json of others -------------------------------------------------------------------
-
-Change = Callable[[dict[str, Any]], None]
-
-
-def set_at(*path: str | int, value: object) -> Change:
-    def change(root: Any) -> None:
-        for step in path[:-1]:
-            root = root[step]
-        root[path[-1]] = value
-
-    return change
-
-
-def drop_merge(root: dict[str, Any]) -> None:
-    root["model"]["merges"].pop()
-
-
-def drop_merge_of(token: str) -> Change:
-    """Leave one pair out, as a list of merges that was trained does."""
-
-    def change(root: dict[str, Any]) -> None:
-        merges = root["model"]["merges"]
-        merges.remove(next(m for m in merges if m.replace(" ", "") == token))
-
-    return change
-
-
-def swap_merges(root: dict[str, Any]) -> None:
-    merges = root["model"]["merges"]
-    merges[0], merges[-1] = merges[-1], merges[0]
-
-
-def drop_token(name: str) -> Change:
-    def change(root: dict[str, Any]) -> None:
-        del root["model"]["vocab"][name]
-
-    return change
-
-
-def rename_byte_0(root: dict[str, Any]) -> None:
-    vocab = root["model"]["vocab"]
-    root["model"]["vocab"] = {"\0" if i == 0 else token: i for token, i in vocab.items()}
-
-
-SPLIT = ("pre_tokenizer", "pretokenizers", 0)
-FOREIGN: dict[str, tuple[str, Change, str]] = {
-    "regex": ("tiny llama3", set_at(*SPLIT, "pattern", value={"Regex": "x"}), "not Llama 3's"),
-    "behavior": ("tiny llama3", set_at(*SPLIT, "behavior", value="Removed"), "not Llama 3's"),
-    "gpt2": ("tiny llama3", set_at("pre_tokenizer", value={"type": "ByteLevel"}), "is ByteLevel"),
-    "nfc": ("tiny llama3", set_at("normalizer", value={"type": "NFC"}), "normalizer is NFC"),
-    "gap": ("tiny llama3", drop_token("!"), "do not run from 0"),
-    "one more": ("tiny llama3", set_at("model", "vocab", " ", value=280), "do not run"),
-    "alphabet": ("tiny llama3", rename_byte_0, "not written in the byte alphabet"),
-    "trained": ("tiny llama3", drop_merge_of("aaa"), "leave out pairs"),
-    "order": ("tiny llama3", swap_merges, "order of its ids"),
-    "no bos": ("tiny llama3", set_at("added_tokens", 0, "content", value="<x>"), "begin_of_text"),
-    "added gap": ("tiny llama3", set_at("added_tokens", 0, "id", value=999), "do not run"),
-    "added twice": (
-        "tiny llama3",
-        set_at("added_tokens", 0, "content", value="<|eot_id|>"),
-        "no name and id of its own",
-    ),
-    "added list": ("tiny llama3", set_at("added_tokens", 0, value=[]), "no name and id"),
-    "dropout": ("tiny llama3", set_at("model", "dropout", value=0.1), "dropout"),
-    "steps": ("tiny llama3", set_at("pre_tokenizer", value=["x"]), "no sequence of steps"),
-    "nmt": ("tiny llama2", set_at("normalizer", value={"type": "Nmt"}), "normalizer is Nmt"),
-    "metaspace": (
-        "tiny llama2",
-        set_at("pre_tokenizer", value={"type": "Metaspace"}),
-        "pre-tokenizer Metaspace",
-    ),
-    "incomplete": ("tiny llama2", drop_merge, "not all pairs"),
-    "no token": ("tiny llama2", set_at("model", "merges", 0, value="x y"), "makes no token"),
-    "no byte": ("tiny llama2", drop_token("<0x41>"), "do not run"),
-    "moved": ("tiny llama2", set_at("added_tokens", 0, "id", value=5), "another id"),
-}
-
-
-@pytest.mark.parametrize("case", FOREIGN)
-def test_tokenizer_json_of_another_kind_is_refused(
-    case: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mlx_llama.tokenizer.hf_byte_level._SAMPLE_STEP", 1)
-    name, change, expected = FOREIGN[case]
-    root = read_json(written(name, base).folder / "tokenizer.json")
-    change(root)
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(root))
-    with pytest.raises(TokenizerError, match=re.escape(expected)) as caught:
-        open_tokenizer(path)
-    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
-
-
-def test_both_forms_of_merges_and_spaces_are_read(base: Path, tmp_path: Path) -> None:
-    """As transformers 5 saves it: merges as pairs, spaces by a pre-tokenizer."""
-    files = written("tiny llama2", base)
-    root = read_json(files.folder / "tokenizer.json")
-    root["model"]["merges"] = [merge.split(" ") for merge in root["model"]["merges"]]
-    root["normalizer"] = None
-    root["pre_tokenizer"] = {
-        "type": "Metaspace",
-        "replacement": "\u2581",
-        "prepend_scheme": "first",
-        "split": False,
-    }
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(root))
-    again = open_tokenizer(path)
-    assert [again.encode(t) for t in TEXTS] == [files.source.encode(t) for t in TEXTS]
