@@ -2,7 +2,7 @@
 
     python benchmarks/quantize_quality.py bundled --work DIR --peer-python PATH
     python benchmarks/quantize_quality.py FOLDER --work DIR [--group-size 64] [--text FILE ...]
-        [--calibration FILE] [--methods rtn gptq] [--peer-python PATH]
+        [--calibration FILE] [--methods mse gptq] [--peer-python PATH]
 
 FOLDER is a checkpoint; DIR takes the outputs, which are removed again. Every result is compared
 with the unquantized model by `mlx-llama compare`, in float32: on the certificate's text, and for
@@ -31,7 +31,7 @@ from measuring import Run, print_table, run
 from mlx_llama_quantize.texts import CALIBRATION, CERTIFICATE, read_text, shipped
 
 BITS, TARGET, FINE = 4, 4.5, 8
-METHODS = ("rtn", "mse", "awq", "gptq", "awq+gptq", "auto")
+METHODS = ("mse", "awq", "gptq", "awq+gptq", "auto")  # besides rtn
 AT_TARGET, AT_FINE = ("mse", "auto"), ("rtn", "mse", "auto")
 BUNDLED = "bundled"
 STORED = ("--quiet", "--force", "--no-quantize", "--dtype")
@@ -102,7 +102,7 @@ def main() -> None:
     rows = [
         _ours(given, dense, texts, size, method)
         for size, methods in (
-            (["--bits", BITS, "--group-size", given.group_size], given.methods),
+            (["--bits", BITS, "--group-size", given.group_size], ["rtn", *given.methods]),
             (["--target-bpw", TARGET], AT_TARGET),
             (["--bits", FINE, "--group-size", given.group_size], AT_FINE),
         )
@@ -182,29 +182,30 @@ def _row(title: str, dense: Path, out: Path, texts: list[Path], done: Run) -> Ro
     shutil.rmtree(out)
     divergences = [report["divergence"] for report in reports]
     row = Row(title, reports[0]["b"]["bits_per_weight"], divergences, done)
-    klds = ", ".join(f"{row.kld(number):.5f}" for number in range(len(texts)))
-    print(f"{title}: {klds}", file=sys.stderr, flush=True)
+    print(f"| {' | '.join(_cells(row))} |", file=sys.stderr, flush=True)  # should it be stopped
     return row
+
+
+def _cells(row: Row, base: Row | None = None) -> list[str]:
+    """Return what is printed of a row; base: what the ratios are against."""
+    cells = [row.title, f"{row.bits_per_weight:.3f}"]
+    for number, found in enumerate(row.divergences):
+        mean = found["kld"]["mean"]
+        cells += [
+            f"{mean['value']:.5f} ± {mean['error']:.5f}",
+            "" if base is None else f"{row.kld(number) / base.kld(number):.2f}x",
+            f"{100 * found['same_top']['value']:.1f} %",
+            f"{found['ratio']['value']:.4f}",
+        ]
+    done = row.done
+    return [*cells, f"{done.elapsed_s:.0f}", f"{done.cpu_s:.0f}", f"{done.peak_bytes / 1e6:.0f}"]
 
 
 def _print(rows: list[Row], names: list[str]) -> None:
     header = ["what", "bits a weight"]
     for name in names:
         header += [f"mean KLD, {name}", "of rtn", "same top", "PPL ratio"]
-    cells: list[list[str]] = []
-    for row in rows:
-        cells.append([row.title, f"{row.bits_per_weight:.3f}"])
-        for number, found in enumerate(row.divergences):
-            mean = found["kld"]["mean"]
-            cells[-1] += [
-                f"{mean['value']:.5f} ± {mean['error']:.5f}",
-                f"{row.kld(number) / rows[0].kld(number):.2f}x",
-                f"{100 * found['same_top']['value']:.1f} %",
-                f"{found['ratio']['value']:.4f}",
-            ]
-        done = row.done
-        cells[-1] += [f"{done.elapsed_s:.0f}", f"{done.cpu_s:.0f}", f"{done.peak_bytes / 1e6:.0f}"]
-    print_table([*header, "s", "CPU s", "peak MB"], cells)
+    print_table([*header, "s", "CPU s", "peak MB"], [_cells(row, rows[0]) for row in rows])
 
 
 def _print_aims(rows: list[Row], peers: list[Row], n_texts: int) -> None:
