@@ -1,4 +1,4 @@
-"""JSON from strangers: `params.json`, `config.json`, index files and safetensors headers.
+"""JSON from strangers: `params.json`, `config.json`, index files and safetensors headers; results.
 
 Takes a file or a text, returns the top level object. Ambiguous or unbounded JSON is refused:
 duplicate keys, NaN and infinities, deep nesting, broken Unicode, files larger than they can be.
@@ -71,6 +71,19 @@ def parse_json(text: str, *, where: str) -> dict[str, Any]:
             f"{where}: JSON holds {type(value).__name__}, expected an object {{...}}"
         )
     return value
+
+
+def json_text(content: object, *, indent: int | None = None) -> str:
+    """Write a result as JSON that every reader takes: null for a number that is not finite."""
+    return json.dumps(_with_nulls(content), ensure_ascii=False, indent=indent, allow_nan=False)
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _with_nulls(each) for key, each in value.items()}
+    return [_with_nulls(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mlx_llama.options import ConvertOptions
 from mlx_llama_convert import convert_checkpoint, make_plan, open_source
@@ -39,8 +42,12 @@ def write_meta(
     tied: bool = False,
     seed: int = 0,
     params: dict[str, Any] | None = None,
+    factors: Mapping[str, float] | None = None,
 ) -> Path:
-    """Write a random checkpoint in Meta's layout, dim 64, feed-forward 192; returns the folder."""
+    """Write a random checkpoint in Meta's layout, dim 64, feed-forward 192; returns the folder.
+
+    factors: of some tensors, by name.
+    """
     tensors = tiny_tensors(
         dim=64,
         hidden_dim=192,
@@ -48,6 +55,8 @@ def write_meta(
         tied=tied,
         seed=seed,
     )
+    for name, factor in (factors or {}).items():
+        tensors[name] *= np.float32(factor)
     theta = {"rope_theta": 500000.0, "use_scaled_rope": True} if is_tiktoken else {}
     write_checkpoint(
         folder,

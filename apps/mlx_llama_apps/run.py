@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from cyclopts import Parameter
 
 from mlx_llama.errors import OptionError
 from mlx_llama.options import ContextOptions, GenerationOptions, LoadOptions
+from mlx_llama.strict_json import json_text
 from mlx_llama_apps import paths
 from mlx_llama_apps.flags import ContextFlags, GenerationFlags, LoadFlags, given
 from mlx_llama_apps.inference import Inference, model_loader
@@ -70,7 +70,7 @@ def run(
             asking = _asking(text, raw, system, date, {**wanted, **context, **hooks}, as_json)
             steps = inference.stream(asking)
             if as_json:
-                print(json.dumps(_as_object(steps), ensure_ascii=False))
+                print(json_text(_as_object(steps)))
             else:
                 _print_text(steps, status)
 

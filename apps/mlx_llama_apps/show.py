@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from mlx_llama.options import ContextOptions, LoadOptions
+from mlx_llama.strict_json import json_text
 from mlx_llama_apps import paths
 from mlx_llama_apps.flags import LoadFlags, PlanFlags, given
 from mlx_llama_apps.inference import SLOWER
@@ -48,7 +48,7 @@ def show(
     options = ContextOptions(**given(plan_flags)), LoadOptions(**given(load_flags))
     facts = model_facts(open_model_directory(paths.resolve_model(model)), *options)
     if as_json:
-        print(visible(json.dumps(facts, ensure_ascii=False, indent=2)))
+        print(visible(json_text(facts, indent=2)))
         return
     for name, value in _rows(facts):
         # The files' own texts stand in a value: they end no line and reach no terminal's controls.

@@ -82,6 +82,11 @@ def open_budget(source: SourceModel, options: ConvertOptions) -> Budget:
         width = source.weights.shape(name)[-1]
         fitting = [group for group in groups if width % group == 0] or [form.group_size]
         candidates[name] = [QuantFormat(b, g) for b in MODES["affine"][0] for g in fitting]
+    if not candidates:
+        raise OptionError(
+            f"--target-bpw {options.target_bpw:g}: --override leaves no matrix to choose bits for; "
+            "leave one of them out"
+        )
     budget = Budget(source, options, plan, candidates)
     least, most = (
         budget.fixed_nbytes

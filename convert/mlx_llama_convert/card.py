@@ -113,7 +113,7 @@ def _lost(manifest: dict[str, Any]) -> list[str]:
     ]
 
 
-_NO_PLOT = "No picture: matplotlib was not installed (`pip install 'mlx-llama[plot]'`)."
+_NO_PLOT = "No picture: matplotlib was not installed (`pip install 'mlx-llama[plot]'`), or failed."
 
 
 def _predictions(manifest: dict[str, Any], found: dict[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from mlx_llama.kinds import kind_named
 from mlx_llama.loading import INDEX_NAME, open_model_directory
 from mlx_llama.options import DEFAULT_TEMPERATURE, DEFAULT_TOP_P
 from mlx_llama.safetensors_writer import SafetensorsWriter
+from mlx_llama.strict_json import json_text
 from mlx_llama_convert import checklist
 from mlx_llama_convert.card import model_card
 from mlx_llama_convert.hashing import Hasher
@@ -35,7 +36,7 @@ from mlx_llama_quantize.calibration import (
     calibration_key,
 )
 from mlx_llama_quantize.certificate import Request, by_layer, certify
-from mlx_llama_quantize.plots import can_draw, draw_certificate, draw_sensitivities
+from mlx_llama_quantize.plots import draw_certificate, draw_sensitivities, drawn
 from mlx_llama_quantize.subject import Subject
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -319,10 +320,10 @@ def _certificate(
     result = open_model_directory(folder)
     weights = source.weights if calibrated is None else calibrated.weights
     certificate, scores = certify(weights, subject, result, request)
-    plot = PLOT_NAME if can_draw() else None
-    if plot is not None:
-        draw_certificate(folder / plot, scores, by_layer(certificate), f"What {source.name} lost")
-    return {**asdict(certificate), "layers": by_layer(certificate), "plot": plot}
+    layers, title = by_layer(certificate), f"What {source.name} lost"
+    is_drawn = drawn(lambda: draw_certificate(folder / PLOT_NAME, scores, layers, title))
+    plot = PLOT_NAME if is_drawn else None
+    return {**asdict(certificate), "layers": layers, "plot": plot}
 
 
 def _chosen_by(
@@ -340,16 +341,14 @@ def _chosen_by(
 
 def _drawn(plan: ConversionPlan, chosen: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return how bits were chosen, and draw it where matplotlib is installed."""
-    plot = SENSITIVITIES_NAME if can_draw() else None
-    if plot is not None:
-        costs = {
-            each["tensor"]: (max(each["measured"].values()), plan.forms[each["tensor"]])
-            for each in chosen["tensors"]
-        }
-        title = f"What packing one matrix of {plan.source.name} costs"
-        draw_sensitivities(folder / plot, costs, title)
-    return {**chosen, "plot": plot}
+    costs = {
+        each["tensor"]: (max(each["measured"].values()), plan.forms[each["tensor"]])
+        for each in chosen["tensors"]
+    }
+    title = f"What packing one matrix of {plan.source.name} costs"
+    is_drawn = drawn(lambda: draw_sensitivities(folder / SENSITIVITIES_NAME, costs, title))
+    return {**chosen, "plot": SENSITIVITIES_NAME if is_drawn else None}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")

@@ -132,6 +132,11 @@ def _check(
             f"--override {unused[0]}: means no matrix; take a class ({', '.join(CLASSES)}) or a "
             "name such as layers.0.attention.wq or model.layers.0.*, with * and ?"
         )
+    if all(spec.wanted(name) is None for name in forms):
+        raise OptionError(
+            "--override: leaves every matrix as it is, so that nothing is packed; leave it out, or "
+            "take convert with --no-quantize"
+        )
     if not any(forms.values()):
         raise OptionError(
             "--bits: no matrix has a width that a group of 32 divides, none can be packed; "

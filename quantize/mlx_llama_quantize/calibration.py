@@ -29,7 +29,7 @@ from mlx_llama.weights import EMBEDDING, NORM, OUTPUT, WeightSource, hf_module
 from mlx_llama_quantize import awq, gptq
 from mlx_llama_quantize.auto import coded
 from mlx_llama_quantize.inputs import Input, Watched
-from mlx_llama_quantize.packing import PARTS, pack_matrix
+from mlx_llama_quantize.packing import PARTS, pack_matrix, refuse_no_numbers
 from mlx_llama_quantize.products import SLAB, for_texts
 from mlx_llama_quantize.texts import Text
 from mlx_llama_quantize.walk_record import WalkRecord
@@ -170,6 +170,7 @@ class Calibration:
         for name in self._names(index):
             values = self.source.read(name).astype(mx.float32)
             mx.eval(values)
+            refuse_no_numbers(name, values)
             dense[name] = Dense(values)
         watched = self._assemble(self.source, index, dense, inputs)
         n_learned = len(states) - self._n_held(len(states))

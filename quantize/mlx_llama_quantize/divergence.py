@@ -110,13 +110,16 @@ class Divergence:
     same_top: Estimate
 
 
+# Perplexities beyond every number are infinite, and differences of such are none.
+@np.errstate(over="ignore", invalid="ignore")
 def summarize(scores: TokenScores) -> Divergence:
     """Add up the scores of at least one token."""
     a, b = scores.nll_a.astype(np.float64), scores.nll_b.astype(np.float64)
     ppl_a, ppl_b = _perplexity(a), _perplexity(b)
     log_ratio, covariance = _mean(b - a), _covariance(a, b)
     ratio = float(np.exp(log_ratio.value))
-    variances = ppl_a.error**2 + ppl_b.error**2 - 2 * ppl_a.value * ppl_b.value * covariance
+    squares_of_errors = ppl_a.error * ppl_a.error + ppl_b.error * ppl_b.error
+    variances = squares_of_errors - 2 * ppl_a.value * ppl_b.value * covariance
     squares = _mean(scores.dp.astype(np.float64) ** 2)
     rms = float(np.sqrt(squares.value))
     spread = float(a.std() * b.std())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,24 @@ from mlx_llama.config import QuantFormat
 from mlx_llama_quantize.divergence import TokenScores
 
 LEAST = 1e-8  # nats; what is less is drawn as that
+MOST = 1e4  # nats; what is more, or infinite
 N_SPANS = 200  # of the text, at most, each one mean
 
 
 def can_draw() -> bool:
     """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def drawn(draw: Callable[[], None]) -> bool:
+    """Draw what goes with a result, if matplotlib is there and can; whether it did."""
+    if not can_draw():
+        return False
+    try:
+        draw()
+    except (ArithmeticError, RuntimeError, ValueError):
+        return False
+    return True
 
 
 def draw_divergence(path: Path, scores: TokenScores, title: str) -> None:
@@ -56,7 +68,7 @@ def draw_sensitivities(
     axes: Any = figure.subplots()
     bits = [0 if form is None else form.bits for _, form in costs.values()]
     colours = {each: colormaps["viridis"](each / 8) for each in sorted(set(bits))}
-    values = [max(nats, LEAST) for nats, _ in costs.values()]
+    values = _shown([nats for nats, _ in costs.values()])
     places = range(len(costs))
     axes.barh(places, values, color=[colours[each] for each in bits])
     axes.set_yticks(places, [*costs], fontsize=6)
@@ -76,6 +88,14 @@ def _figure(title: str, n_axes: int) -> tuple[Any, list[Any]]:
     return figure, list(np.atleast_1d(figure.subplots(n_axes)))
 
 
+def _shown(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Return what an axis has a place for: in place of what is no number nothing, of more the most.
+
+    An axis of logarithms has none for 0 or less either.
+    """
+    return np.clip(np.nan_to_num(np.asarray(values, np.float64)), LEAST, MOST)
+
+
 def _save(figure: Any, path: Path) -> None:
     """Write the picture, whole or not at all; the same picture gives the same bytes."""
     from matplotlib import rc_context
@@ -92,13 +112,14 @@ def _save(figure: Any, path: Path) -> None:
 
 def _draw_errors(axes: Any, errors: Mapping[str, float]) -> None:
     places = range(len(errors))
-    axes.bar(places, [100 * error for error in errors.values()], color="tab:blue", alpha=0.7)
+    axes.bar(places, 100 * _shown([*errors.values()]), color="tab:blue", alpha=0.7)
     names = [name.removeprefix("layer ") for name in errors]
     axes.set_xticks(places, names, rotation=90 if len(names) > 20 else 30, fontsize=8)
     axes.set(xlabel="layer", ylabel="error of the weights, %")
 
 
 def _draw_spread(axes: Any, kld: np.ndarray) -> None:
+    kld = _shown(kld)
     shown = np.maximum(kld, LEAST)
     bins = np.geomspace(LEAST, max(shown.max(), 10 * LEAST), 60)
     axes.hist(shown, bins=bins, color="tab:blue", alpha=0.7)
@@ -113,7 +134,7 @@ def _draw_spread(axes: Any, kld: np.ndarray) -> None:
 
 
 def _draw_along(axes: Any, kld: np.ndarray) -> None:
-    spans = np.array_split(kld, min(N_SPANS, len(kld)))
+    spans = np.array_split(_shown(kld), min(N_SPANS, len(kld)))
     places = np.cumsum([len(span) for span in spans]) - np.array([len(s) for s in spans]) / 2
     axes.plot(places, [span.mean() for span in spans], color="tab:blue", label="mean of a span")
     axes.plot(places, [span.max() for span in spans], ".", color="tab:red", label="largest in it")

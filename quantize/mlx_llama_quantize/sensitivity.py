@@ -6,7 +6,6 @@ weights: near its minimum the divergence grows as their square, and between two 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import log
@@ -17,10 +16,10 @@ import mlx.core as mx
 from mlx_llama.config import ModelConfig, QuantFormat
 from mlx_llama.errors import CheckpointError
 from mlx_llama.ops import DTYPES
-from mlx_llama.strict_json import load_json
+from mlx_llama.strict_json import json_text, load_json
 from mlx_llama.tokenizer import Tokenizer
 from mlx_llama.weights import WeightSource
-from mlx_llama_quantize.packing import pack_matrix, unpacked
+from mlx_llama_quantize.packing import pack_matrix, refuse_no_numbers, unpacked
 from mlx_llama_quantize.spec import DEFAULT_GROUP_SIZE, fitted
 from mlx_llama_quantize.texts import Text
 from mlx_llama_quantize.variants import OnProgress, VariantWalk, walk_bytes
@@ -121,6 +120,7 @@ class Survey:
 
     def _packed(self, name: str, values: mx.array, form: QuantFormat) -> mx.array:
         """Return values (out, in) as they are read after packing, float32."""
+        refuse_no_numbers(name, values)
         values = values.astype(DTYPES[self.dtype or self.source.dtype(name)])
         return unpacked(pack_matrix(values, form, self.method), form)
 
@@ -153,7 +153,7 @@ class Survey:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(f"{self.path.stem}.partial.json")
-        beside.write_text(json.dumps(content), encoding="utf-8")
+        beside.write_text(json_text(content), encoding="utf-8")
         beside.replace(self.path)
 
     def _resume(self) -> None:

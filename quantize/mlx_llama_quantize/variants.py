@@ -19,6 +19,7 @@ from mlx_llama.linear import Dense, Matrix, Stack
 from mlx_llama.model import Block
 from mlx_llama.weights import EMBEDDING, NORM, OUTPUT, WeightSource
 from mlx_llama_quantize.divergence import divergences, log_softmax
+from mlx_llama_quantize.packing import refuse_no_numbers
 from mlx_llama_quantize.products import for_texts
 from mlx_llama_quantize.walking import embedded, layer_arithmetic
 from mlx_llama_quantize.windows import Windows
@@ -202,6 +203,7 @@ class VariantWalk:
         for name in names:
             parts[name] = self.source.read(f"layers.{index}.{name}.weight").astype(mx.float32)
             mx.eval(parts[name])
+            refuse_no_numbers(f"layers.{index}.{name}.weight", parts[name])
         return parts
 
     def _changed(

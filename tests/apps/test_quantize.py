@@ -17,7 +17,7 @@ from mlx_llama import load
 from mlx_llama.errors import CheckpointError
 from mlx_llama.weights import hf_module
 from mlx_llama_apps.main import main
-from mlx_llama_convert import conversion
+from mlx_llama_quantize import plots
 from mlx_llama_quantize.comparison import Comparison
 from mlx_llama_quantize.texts import CALIBRATION, CERTIFICATE, read_text, shipped
 from mlx_llama_quantize.variants import VariantWalk
@@ -175,7 +175,7 @@ def test_card_shows_the_certificate(source: Path, tmp_path: Path) -> None:
 def test_without_report_the_card_says_so(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversion, "can_draw", lambda: False)
+    monkeypatch.setattr(plots, "can_draw", lambda: False)
     assert quantize(source, tmp_path / "out") == 0
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "Predictions were not compared (`--no-report`)" in card

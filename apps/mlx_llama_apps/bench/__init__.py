@@ -7,7 +7,6 @@ there is none, `gguf` another engine's file of it.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +18,7 @@ from cyclopts import Parameter
 
 from mlx_llama.errors import OptionError
 from mlx_llama.options import ContextOptions, LoadOptions
+from mlx_llama.strict_json import json_text
 from mlx_llama_apps import paths
 from mlx_llama_apps.bench.asked import LLAMA_CPP, CaseFlags, PeerFlags, Rival, check_model
 from mlx_llama_apps.flags import CacheFlags, LoadFlags, given
@@ -103,7 +103,7 @@ def _tell(report: Report, n_cases: int, *, as_json: bool, as_markdown: bool) -> 
     if not report.rows:
         return
     if as_json:
-        print(json.dumps(table.as_json(report), ensure_ascii=False, indent=2))
+        print(json_text(table.as_json(report), indent=2))
     else:
         table.show(report, as_markdown=as_markdown)
     if len(report.rows) < n_cases:

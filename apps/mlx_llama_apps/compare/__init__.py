@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from cyclopts import Parameter
 
 from mlx_llama.errors import CheckpointError, OptionError
 from mlx_llama.options import DTYPE_NAMES
+from mlx_llama.strict_json import json_text
 from mlx_llama_apps import paths
 from mlx_llama_apps.inference import Inference
 from mlx_llama_apps.progress import remark, shown
@@ -114,7 +114,7 @@ def compare(
     if plot is not None and scores is not None:
         plotting.draw(plot, scores, report)
     if as_json:
-        print(json.dumps(asdict(report), ensure_ascii=False, indent=2))
+        print(json_text(asdict(report), indent=2))
     else:
         table.show(report)
 
