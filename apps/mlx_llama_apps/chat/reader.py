@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.filters import has_focus
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
-from prompt_toolkit.input.vt100_parser import Vt100Parser
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import ColorDepth
@@ -217,17 +215,15 @@ class Reader:
         on_resume: called by a signal handler when the program goes on after it was stopped.
         """
         with hushed(on_resume) as descriptor:
-            if descriptor is not None and self._took_interrupt(descriptor):
+            if descriptor is not None and self._took_interrupt():
                 on_interrupt()
             yield
 
-    def _took_interrupt(self, descriptor: int) -> bool:
+    def _took_interrupt(self) -> bool:
         """Take Ctrl-C out of what was typed behind the last message; the rest waits."""
         source = self._session.app.input
-        keys = list(get_typeahead(source))
-        if select.select([descriptor], [], [], 0)[0]:
-            parser = Vt100Parser(keys.append)
-            parser.feed_and_flush(os.read(descriptor, 1 << 16).decode("utf-8", "replace"))
+        # Its own parser, which keeps the beginning of a paste whose end has not come yet.
+        keys = [*get_typeahead(source), *source.read_keys(), *source.flush_keys()]
         rest = [key for key in keys if key.key != Keys.ControlC]
         store_typeahead(source, rest)
         return len(rest) < len(keys)
