@@ -40,8 +40,7 @@ def hushed(on_resume: Callable[[], None] = lambda: None) -> Iterator[int | None]
         _write(MARKS_NONE)
 
     def enter() -> None:
-        # In the background the terminal is another's.
-        if os.tcgetpgrp(descriptor) == os.getpgrp():
+        if is_in_foreground(descriptor):
             termios.tcsetattr(descriptor, termios.TCSANOW, quiet)
             _write(MARKS_PASTES)
 
@@ -55,6 +54,14 @@ def hushed(on_resume: Callable[[], None] = lambda: None) -> Iterator[int | None]
             yield descriptor
     finally:
         leave()
+
+
+def is_in_foreground(descriptor: int) -> bool:
+    """Whether a terminal is this program's; in the background it is another's."""
+    try:
+        return os.tcgetpgrp(descriptor) == os.getpgrp()
+    except OSError:  # a terminal that is nobody's
+        return True
 
 
 def _write(code: bytes) -> None:

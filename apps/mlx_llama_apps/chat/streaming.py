@@ -66,6 +66,7 @@ class MarkdownAnswer:
         self._is_word_open = False  # the last of them is to be finished
         self._shown = ""  # of the open block behind them; it is replaced
         self._rows = ""  # the same, as it stands on the screen
+        self._is_full = False  # no more of the open block has room
         self._size = _terminal_size()
         self.is_resumed = False
         for block in self._reader.feed(begun):
@@ -86,10 +87,10 @@ class MarkdownAnswer:
         out, size = "", _terminal_size()
         if self.is_resumed:
             self.is_resumed = self._is_word_open = False
-            out, self._shown = "\n" if self._shown else "", ""
+            out, self._shown, self._is_full = "\n" if self._shown else "", "", False
         elif self._shown and size != self._size:
             self._n_left += len(self._shown)
-            self._shown, self._is_word_open = "", True
+            self._shown, self._is_word_open, self._is_full = "", True, False
         self._size = size
         return out
 
@@ -127,7 +128,7 @@ class MarkdownAnswer:
 
     def _erased(self) -> str:
         rows, is_shown = self._rows.count("\n"), bool(self._shown)
-        self._shown = self._rows = ""
+        self._shown, self._rows, self._is_full = "", "", False
         up = f"\x1b[{rows}A" if rows else ""
         return f"\r{up}\x1b[J" if is_shown else ""
 
@@ -138,14 +139,16 @@ class MarkdownAnswer:
         if self._is_word_open:
             return word
         before = self._rows if self._shown else ""
-        more = tail[self._n_left + len(self._shown) :]
+        more = tail[self._n_left + len(self._shown) :] if not self._is_full else ""
         columns, lines = self._size
         while more:
             text = _flat(self._shown + more)
             self._rows = wrapped(text, columns, is_code=self._reader.is_code)
             if self._rows.count("\n") < max(1, lines - 2):
                 break
-            self._rows, more = before, more[: len(more) // 2]
+            # A beginning of what came at once is shown; a token that has no room is not.
+            self._rows, self._is_full = before, True
+            more = "" if self._shown else more[: len(more) // 2]
         self._shown += more
         return word + redrawn(before, self._rows if self._shown else "")
 
@@ -181,20 +184,41 @@ def wrapped(text: str, columns: int, *, is_code: bool = False) -> str:
 
 
 def _wrapped_line(line: str, columns: int, *, is_row: bool) -> str:
-    done, column = "", 0
+    if line.isascii() and (is_row or len(line) <= columns):
+        return _cut(line, columns)
+    parts: list[str] = []
+    column = 0
     for piece in line if is_row else _PIECE.findall(line):
         if piece.isspace():  # what has no room at the end of a row is not seen there
-            shown = piece[: columns - column]
-            done, column = done + shown, column + len(shown)
+            parts.append(piece[: columns - column])
+            column += len(parts[-1])
             continue
-        if column and column + cells(piece) > columns:
-            done, column = f"{done}\n", 0
-        for character in (piece,) if cells(piece) <= columns else piece:
-            width = cells(character)
-            if column and column + width > columns:
-                done, column = f"{done}\n", 0
-            done, column = done + character, column + width
-    return done
+        width = cells(piece)
+        if column and column + width > columns:
+            parts.append("\n")
+            column = 0
+        if width <= columns:
+            parts.append(piece)
+            column += width
+        else:
+            parts.append(_cut(piece, columns))
+            column = cells(parts[-1].rpartition("\n")[2])
+    return "".join(parts)
+
+
+def _cut(text: str, columns: int) -> str:
+    """Return a text with a line break wherever a row is full."""
+    if text.isascii():
+        return "\n".join(text[n : n + columns] for n in range(0, len(text), columns))
+    rows, column = [""], 0
+    for character in text:
+        width = cells(character)
+        if column and column + width > columns:
+            rows.append("")
+            column = 0
+        rows[-1] += character
+        column += width
+    return "\n".join(rows)
 
 
 def cells(text: str) -> int:

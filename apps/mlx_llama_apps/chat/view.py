@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mlx_llama_apps.chat.hush import is_in_foreground
 from mlx_llama_apps.chat.streaming import MarkdownAnswer, PlainAnswer
 from mlx_llama_apps.terminal import size, visible
 
@@ -39,6 +40,7 @@ class View:
         self.is_plain = is_plain
         self._console = console or Console(highlight=False)
         self._answer: PlainAnswer | MarkdownAnswer | None = None
+        self._held = ""  # of the answer, that came while the program was in the background
 
     @property
     def width(self) -> int:
@@ -92,7 +94,13 @@ class View:
         self._answer = kind(self._console, begun)
 
     def write(self, text: str) -> None:
-        """Show a part of the answer as it comes."""
+        """Show a part of the answer as it comes; in the background, when that is over."""
+        self._held += text
+        if not sys.stdout.isatty() or is_in_foreground(sys.stdout.fileno()):
+            self._write_held()
+
+    def _write_held(self) -> None:
+        text, self._held = self._held, ""
         if self._answer is not None and text:
             self._answer.write(text)
 
@@ -103,6 +111,7 @@ class View:
 
     def end_answer(self, reason: str | None, stats: Stats | None) -> None:
         """Close the answer; at a terminal, say why it stopped and what it cost."""
+        self._write_held()
         if self._answer is not None:
             self._answer.end()
             self._answer = None
