@@ -84,19 +84,10 @@ def compare(
     as_json
         print one JSON object
     """
-    _check(text, questions, plot, dtype, context)
-    from mlx_llama.loading import open_model_directory
-
-    one, other = (open_model_directory(paths.resolve_model(name)) for name in (a, b))
-    directories = (one, other)
-    from mlx_llama_apps.compare import plot as plotting
-    from mlx_llama_apps.compare import table
-    from mlx_llama_quantize.comparison import require_one_vocabulary
     from mlx_llama_quantize.divergence import summarize
-    from mlx_llama_quantize.subject import Subject
 
-    subjects = (Subject.of_directory(one), Subject.of_directory(other))
-    require_one_vocabulary(*subjects)
+    _check(text, questions, plot, dtype, context)
+    directories, subjects = _opened(a, b)
     asked = _read_questions(questions)
     comparison = None if text is None else _comparison(subjects, text, context, dtype)
     with StatusLine(after_s=0.3) as status:
@@ -104,13 +95,33 @@ def compare(
         scores = None if comparison is None else _scores(comparison, status)
         accuracy = None if asked is None else _accuracy(directories, asked, dtype, status)
     report = Report(
-        _facts(one),
-        _facts(other),
+        _facts(directories[0]),
+        _facts(directories[1]),
         costs=costs,
         context=0 if comparison is None else comparison.windows.context,
         divergence=None if scores is None else summarize(scores),
         accuracy=accuracy,
     )
+    _tell(report, scores, plot, as_json=as_json)
+
+
+def _opened(a: str, b: str) -> tuple[Pair, tuple[Subject, Subject]]:
+    """Open both models. Raises CheckpointError for two vocabularies."""
+    from mlx_llama.loading import open_model_directory
+    from mlx_llama_quantize.comparison import require_one_vocabulary
+    from mlx_llama_quantize.subject import Subject
+
+    one, other = (open_model_directory(paths.resolve_model(name)) for name in (a, b))
+    subjects = (Subject.of_directory(one), Subject.of_directory(other))
+    require_one_vocabulary(*subjects)
+    return (one, other), subjects
+
+
+def _tell(report: Report, scores: Any, plot: Path | None, *, as_json: bool) -> None:
+    """Draw the scores where a plot is wanted, and print what was found."""
+    from mlx_llama_apps.compare import plot as plotting
+    from mlx_llama_apps.compare import table
+
     if plot is not None and scores is not None:
         plotting.draw(plot, scores, report)
     if as_json:
