@@ -137,8 +137,9 @@ def _announce(
     plan: ConversionPlan, target: Path, *, dry_run: bool, quiet: bool, care: Care | None
 ) -> None:
     """Show the plan and what it needs, and refuse a machine on which it cannot work."""
-    from mlx_llama_convert.resources import needs_of, stage_bytes
+    from mlx_llama_convert.resources import needs_of, stage_bytes, walk_bytes
 
+    walk = None if care is None else care.calibration
     needs = needs_of(
         weights=plan.config.parameter_count,
         output_bytes=plan.output_bytes,
@@ -149,9 +150,10 @@ def _announce(
         stage_bytes=stage_bytes(
             plan,
             is_surveyed=care is not None and care.survey is not None,
-            is_calibrated=care is not None and care.calibration is not None,
+            is_calibrated=walk is not None,
             is_compared=care is not None and care.certificate.text is not None,
         ),
+        kept=walk and (walk.states, walk_bytes(plan)),
     )
     if dry_run or not quiet:
         for line in [*plan_lines(plan, target), needs_line(needs, care.work if care else ())]:

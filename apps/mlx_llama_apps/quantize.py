@@ -64,14 +64,16 @@ def quantize(
         return
     with StatusLine(after_s=0.3) as status:
         stages = None if making.quiet else Stages(status)
-        cache = paths.cache_folder()
+        cache, note = paths.cache_folder(), None if making.quiet else status.remark
         is_calibrated = options.method in calibrated_methods()
         care = Care(
-            Request(read, cache / "certificates", stages and stages.of("comparing")),
-            CalibrationRequest(words, cache / "calibrations", stages and stages.of("calibrating"))
+            Request(read, cache / "certificates", stages and stages.of("comparing"), note),
+            CalibrationRequest(
+                words, cache / "calibrations", stages and stages.of("calibrating"), note
+            )
             if words and is_calibrated
             else None,
-            SurveyRequest(words, cache / "sensitivities", stages and stages.of("measuring"))
+            SurveyRequest(words, cache / "sensitivities", stages and stages.of("measuring"), note)
             if words and options.target_bpw is not None
             else None,
             stages,

@@ -99,6 +99,11 @@ class StatusLine:
         self._is_over = True
         self.hide()
 
+    def remark(self, text: str) -> None:
+        """Print a line above it."""
+        self.hide()
+        print(text, file=sys.stderr, flush=True)
+
     def hide(self) -> None:
         """Clear the line until it is shown again, before something else is printed."""
         with self._lock:

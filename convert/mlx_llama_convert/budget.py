@@ -159,6 +159,7 @@ def survey(budget: Budget, request: SurveyRequest) -> ConversionPlan:
         request.folder / f"{budget.key(request.text)}.json",
         method=budget.packing,
         dtype=budget.options.dtype,
+        on_note=request.on_note,
     )
     sensitivities = found.run(on_progress=request.on_progress)
     windows = found.windows

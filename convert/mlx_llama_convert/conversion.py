@@ -139,6 +139,7 @@ def _calibration(plan: ConversionPlan, request: CalibrationRequest | None) -> Ca
         request.text,
         request.states / calibration_key(_job(plan, request), request.text),
         dtype=plan.options.dtype,
+        on_note=request.on_note,
     )
 
 

@@ -16,7 +16,7 @@ from mlx_llama.memory import available_memory
 from mlx_llama.safetensors_writer import entry_nbytes
 from mlx_llama_convert.plan import ConversionPlan
 from mlx_llama_quantize import packed_entries
-from mlx_llama_quantize.calibration import calibration_bytes
+from mlx_llama_quantize.calibration import calibration_bytes, record_bytes
 from mlx_llama_quantize.certificate import certificate_bytes
 from mlx_llama_quantize.packing import BLOCK_BYTES, pack_matrix
 from mlx_llama_quantize.sensitivity import survey_bytes
@@ -32,13 +32,17 @@ _SAMPLE_SHAPE = (1024, 2048)
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a conversion takes and finds; bytes, and seconds. memory_found: None if unknown."""
+    """What a conversion takes and finds; bytes, and seconds. memory_found: None if unknown.
+
+    kept: what is written down meanwhile on another disk than the target's: where, and how much.
+    """
 
     memory: int
     memory_found: int | None
     disk: int
     disk_found: int
     seconds: float
+    kept: tuple[Path, int] | None = None
 
     def check(self, target: Path) -> None:
         """Raise OutputError, with both numbers, for a machine on which it cannot work."""
@@ -47,11 +51,19 @@ class Needs:
                 f"{self.memory_found / 1e9:.2f} GB of memory are free, {self.memory / 1e9:.2f} GB "
                 "needed; end another program"
             )
-        if self.disk_found < self.disk:
-            raise OutputError(
-                f"{target.parent}: {self.disk_found / 1e9:.2f} GB free, {self.disk / 1e9:.2f} GB "
-                "needed; make room or choose another --output"
-            )
+        _check_room(target.parent, self.disk, self.disk_found, "choose another --output")
+        if self.kept is not None:
+            folder, nbytes = self.kept
+            free = shutil.disk_usage(_existing(folder)).free
+            _check_room(folder, nbytes, free, "name another folder in MLX_LLAMA_HOME")
+
+
+def _check_room(folder: Path, needed: int, found: int, otherwise: str) -> None:
+    if found < needed:
+        raise OutputError(
+            f"{folder}: {found / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed; make room or "
+            f"{otherwise}"
+        )
 
 
 def needs_of(
@@ -63,17 +75,21 @@ def needs_of(
     n_threads: int,
     method: str = "rtn",
     stage_bytes: int = 0,
+    kept: tuple[Path, int] | None = None,
 ) -> Needs:
     """Work out what writing `output_bytes` of so many weights takes; packs a sample to time it.
 
-    stage_bytes: memory of the largest stage beside packing; those are not timed.
+    stage_bytes: memory of the largest stage beside packing; those are not timed. kept: the folder
+    of what is written down meanwhile, and how much that is.
     """
+    is_one_disk = kept and _existing(kept[0]).stat().st_dev == _existing(target).stat().st_dev
     return Needs(
         memory=PROGRAM_BYTES + max(stage_bytes, (2 * n_threads + 2) * BYTES_PER_BLOCK),
         memory_found=available_memory(),
-        disk=disk_bytes(output_bytes),
+        disk=disk_bytes(output_bytes) + (kept[1] if kept and is_one_disk else 0),
         disk_found=shutil.disk_usage(_existing(target)).free,
         seconds=weights * _seconds_per_weight(form, method) / n_threads,
+        kept=None if is_one_disk else kept,
     )
 
 
@@ -91,6 +107,11 @@ def stage_bytes(
         loaded = dense_bytes(plan.source.weights, dtype)
         found.append(certificate_bytes(plan.config, loaded, _loaded_bytes(plan, dtype)))
     return max(found)
+
+
+def walk_bytes(plan: ConversionPlan) -> int:
+    """Return what a plan's calibration writes down at most, bytes."""
+    return record_bytes(plan.source.weights, plan.options.method, plan.output_bytes)
 
 
 def _loaded_bytes(plan: ConversionPlan, dtype: mx.Dtype) -> int:

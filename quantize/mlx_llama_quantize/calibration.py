@@ -29,6 +29,7 @@ from mlx_llama.weights import EMBEDDING, NORM, OUTPUT, WeightSource, hf_module
 from mlx_llama_quantize import awq, gptq
 from mlx_llama_quantize.auto import coded
 from mlx_llama_quantize.inputs import Input, Watched
+from mlx_llama_quantize.keeping import Keeper, OnNote
 from mlx_llama_quantize.packing import PARTS, pack_matrix, refuse_no_numbers
 from mlx_llama_quantize.products import SLAB, for_texts
 from mlx_llama_quantize.texts import Text
@@ -66,7 +67,10 @@ class Calibrated:
 
 @dataclass(slots=True)
 class Calibration:
-    """A walk on its way. folder: where it is written down; it belongs to this walk alone."""
+    """A walk on its way. folder: where it is written down; it belongs to this walk alone.
+
+    on_note: told where that fails and nothing but a later run needs it.
+    """
 
     source: WeightSource
     tokenizer: Tokenizer
@@ -75,7 +79,12 @@ class Calibration:
     text: Text
     folder: Path
     dtype: str | None = None
+    on_note: OnNote | None = None
     _scales: dict[str, np.ndarray] = field(default_factory=dict)
+    _record: WalkRecord = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._record = WalkRecord(self.folder, Keeper(self.folder, self.on_note))
 
     @property
     def windows(self) -> np.ndarray:
@@ -92,6 +101,8 @@ class Calibration:
     def run(self, *, on_progress: OnProgress | None = None) -> Calibrated:
         """Walk through all blocks; what was written down before is kept."""
         windows, config = self.windows, self.source.config
+        if self.method in CODED:
+            self._record.open()
         done, states, self._scales = self._record.resumed(config.n_layers, len(windows))
         total, passed = config.n_layers * len(windows), done * len(windows)
         model = layer_arithmetic(self.source)
@@ -120,10 +131,6 @@ class Calibration:
     def forget(self) -> None:
         """Remove what was written down."""
         self._record.forget()
-
-    @property
-    def _record(self) -> WalkRecord:
-        return WalkRecord(self.folder)
 
     # --- one block ---
 
@@ -324,6 +331,7 @@ class CalibrationRequest:
     text: Text
     states: Path
     on_progress: OnProgress | None = None
+    on_note: OnNote | None = None
 
 
 def calibration_bytes(source: WeightSource, method: str) -> int:
@@ -346,6 +354,12 @@ def calibration_bytes(source: WeightSource, method: str) -> int:
     # At most 8 bits and two scales in float32 to 32 weights, as pieces and joined.
     head = 4 * dim**2 + 2 * config.vocab_size * dim // 3 + 6 * gptq.ROWS * dim
     return 4 * (MAX_TOKENS * dim + max(read, pack, head))
+
+
+def record_bytes(source: WeightSource, method: str, packed_bytes: int) -> int:
+    """Return what a walk writes down at most: the states twice, and what it packs."""
+    states = 2 * 4 * MAX_TOKENS * source.config.dim
+    return states + (packed_bytes if method in CODED else 0)
 
 
 def calibration_key(job: str, text: Text) -> str:

@@ -19,6 +19,7 @@ from mlx_llama.packed_ref import PackedRef, packed_ref
 from mlx_llama.weights import WeightSource, hf_module
 from mlx_llama_quantize.comparison import HIDDEN_BYTES, SLICE_BYTES, Comparison, OnProgress
 from mlx_llama_quantize.divergence import Divergence, TokenScores, summarize
+from mlx_llama_quantize.keeping import OnNote
 from mlx_llama_quantize.products import UNPACKED_BYTES
 from mlx_llama_quantize.subject import Subject
 from mlx_llama_quantize.texts import Text
@@ -75,6 +76,7 @@ class Request:
     text: Text | None
     states: Path | None = None
     on_progress: OnProgress | None = None
+    on_note: OnNote | None = None
 
 
 def certify(
@@ -103,7 +105,13 @@ def certify(
         # Never resident, whatever is free: what measuring takes was promised, and walking a small
         # model costs nothing.
         comparison = Comparison(
-            source, compared, windows, dtype=dtype, is_resident=False, states=request.states
+            source,
+            compared,
+            windows,
+            dtype=dtype,
+            is_resident=False,
+            states=request.states,
+            on_note=request.on_note,
         )
         scores = comparison.run(on_progress=request.on_progress)
         used = TextUsed(

@@ -7,6 +7,7 @@ states, whatever its size; each block is read once for all the windows that are 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
@@ -23,6 +24,7 @@ from mlx_llama.memory import Demand, memory_found
 from mlx_llama.model import Block, LlamaModel
 from mlx_llama.weights import build_blocks, build_ends
 from mlx_llama_quantize.divergence import TokenScores, score_tokens
+from mlx_llama_quantize.keeping import Keeper, OnNote
 from mlx_llama_quantize.products import block_for_texts, for_texts
 from mlx_llama_quantize.subject import Subject
 from mlx_llama_quantize.windows import Windows
@@ -86,6 +88,7 @@ class Comparison:
     a, b: of one vocabulary. dtype: of both models' activations; None takes what suits each.
     is_resident: whether both stay in memory; None decides by what is free. states: a folder where
     the scores are kept until the text is done, and found again by whoever compares the same.
+    on_note: told where they cannot be kept.
     """
 
     def __init__(
@@ -97,12 +100,14 @@ class Comparison:
         dtype: str | None = None,
         is_resident: bool | None = None,
         states: Path | None = None,
+        on_note: OnNote | None = None,
     ) -> None:
         require_one_vocabulary(a, b)
         self.windows = windows
         self._subjects, self._dtype = (a, b), dtype
         self.is_resident = self._fits() if is_resident is None else is_resident
         self._state = states and states / f"{_key(a, b, windows, dtype)}.npz"
+        self._keeper = states and Keeper(states, on_note)
         self.done, self._parts = self._resumed()
 
     def run(
@@ -132,7 +137,8 @@ class Comparison:
                 self.done = number + 1
                 self._keep()
         if self._state is not None:
-            self._state.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._state.unlink()
         return TokenScores.joined(self._parts)
 
     def group_size(self, sides: list[Side]) -> int:
@@ -188,15 +194,19 @@ class Comparison:
         return (0, []) if rest or done > len(self.windows) else (done, [scores])
 
     def _keep(self) -> None:
-        if self._state is None:
+        state = self._state
+        if state is None or self._keeper is None:
             return
         scores = TokenScores.joined(self._parts)
         self._parts = [scores]
         arrays = {spec.name: getattr(scores, spec.name) for spec in fields(scores)}
-        self._state.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._state.with_name(f"{self._state.stem}.partial.npz")
-        np.savez(beside, **arrays)
-        beside.replace(self._state)
+
+        def write() -> None:
+            beside = state.with_name(f"{state.stem}.partial.npz")
+            np.savez(beside, **arrays)
+            beside.replace(state)
+
+        self._keeper.keep(write)
 
 
 def require_one_vocabulary(a: Subject, b: Subject) -> None:

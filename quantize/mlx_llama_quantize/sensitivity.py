@@ -19,6 +19,7 @@ from mlx_llama.ops import DTYPES
 from mlx_llama.strict_json import json_text, load_json
 from mlx_llama.tokenizer import Tokenizer
 from mlx_llama.weights import WeightSource
+from mlx_llama_quantize.keeping import Keeper, OnNote
 from mlx_llama_quantize.packing import pack_matrix, refuse_no_numbers, unpacked
 from mlx_llama_quantize.spec import DEFAULT_GROUP_SIZE, fitted
 from mlx_llama_quantize.texts import Text
@@ -67,7 +68,8 @@ class Survey:
     """A measuring on its way. path: where it is written down, as JSON; it stays when it is done.
 
     candidates: of each matrix that is looked at, the formats it may get. method: rtn or mse, by
-    which it is packed. dtype: of scales; None for the source's.
+    which it is packed. dtype: of scales; None for the source's. on_note: told where nothing can be
+    written down.
     """
 
     source: WeightSource
@@ -77,6 +79,7 @@ class Survey:
     path: Path
     method: str = "mse"
     dtype: str | None = None
+    on_note: OnNote | None = None
     _measured: dict[str, dict[QuantFormat, float]] = field(default_factory=dict)
     _errors: dict[str, dict[QuantFormat, float]] = field(default_factory=dict)
 
@@ -95,6 +98,7 @@ class Survey:
     def run(self, *, on_progress: OnProgress | None = None) -> list[Sensitivity]:
         """Measure every matrix, in the order of `candidates`; what was written down is kept."""
         self._resume()
+        keeper = Keeper(self.path.parent, self.on_note)
         wanted = [(n, form) for n in self.candidates for form in self._missing(n)]
         if wanted:
             vocab_size = self.tokenizer.vocab_size
@@ -102,10 +106,10 @@ class Survey:
             for measured in walk.run(wanted):
                 for name, form, nats in measured:
                     self._measured.setdefault(name, {})[form] = nats
-                self._keep()
+                keeper.keep(self._write)
         for name in self.candidates:
             self._look_at(name)
-        self._keep()
+        keeper.keep(self._write)
         return [Sensitivity(n, self._measured[n], self._errors[n]) for n in self.candidates]
 
     def probes(self, name: str) -> list[QuantFormat]:
@@ -146,12 +150,11 @@ class Survey:
         starts = [(n_rows - run) * number // (RUNS - 1) for number in range(RUNS)]
         return mx.concatenate([self.source.read(name, slice(s, s + run)) for s in starts])
 
-    def _keep(self) -> None:
+    def _write(self) -> None:
         content = {
             kind: {name: {_key(form): x for form, x in found.items()} for name, found in of.items()}
             for kind, of in (("measured", self._measured), ("errors", self._errors))
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(f"{self.path.stem}.partial.json")
         beside.write_text(json_text(content), encoding="utf-8")
         beside.replace(self.path)
@@ -199,3 +202,4 @@ class SurveyRequest:
     text: Text
     folder: Path
     on_progress: OnProgress | None = None
+    on_note: OnNote | None = None

@@ -3,33 +3,65 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_llama.errors import CheckpointError
+from mlx_llama.errors import CheckpointError, OutputError
 from mlx_llama.safetensors_reader import open_safetensors
+from mlx_llama.safetensors_writer import SafetensorsWriter
+from mlx_llama_quantize.keeping import Keeper
 
 
 @dataclass(frozen=True, slots=True)
 class WalkRecord:
-    """The files of one walk. folder: theirs alone."""
+    """The files of one walk. folder: theirs alone. keeper: of what is for a later run only."""
 
     folder: Path
+    keeper: Keeper
 
     def path(self, name: str) -> Path:
         """Return where arrays of a name stand."""
         return self.folder / f"{name}.safetensors"
 
+    def open(self) -> None:
+        """Raise OutputError, before any work, where what is to be read again cannot be written."""
+        with self._room():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / "probe.partial"
+            probe.touch()
+            probe.unlink()
+
     def save(self, name: str, arrays: dict[str, mx.array]) -> None:
-        """Write arrays down; they appear whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write arrays down that are read again; whole or not at all. Raises OutputError."""
+        with self._room():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write(name, arrays)
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"{self.folder}: {error.strerror or error}; what is packed waits there: make room, "
+                "or name another folder in MLX_LLAMA_HOME"
+            ) from error
+
+    def _write(self, name: str, arrays: dict[str, mx.array]) -> None:
         beside = self.folder / f"{name}.partial.safetensors"
-        mx.save_safetensors(str(beside), arrays)
-        beside.replace(self.path(name))
+        entries = [(n, str(a.dtype).removeprefix("mlx.core."), a.shape) for n, a in arrays.items()]
+        try:
+            with SafetensorsWriter(beside, entries, is_durable=False) as writer:
+                for each, array in arrays.items():
+                    writer.write(each, array)
+            beside.replace(self.path(name))
+        finally:
+            beside.unlink(missing_ok=True)
 
     def keep(
         self, index: int, states: Sequence[mx.array], scales: Mapping[str, np.ndarray]
@@ -37,8 +69,12 @@ class WalkRecord:
         """Write down the states behind a block, and all scales so far, in place of those before."""
         arrays = {f"state.{number}": state for number, state in enumerate(states)}
         arrays |= {f"scales.{name}": mx.array(found) for name, found in scales.items()}
-        self.save(f"behind-{index}", arrays)
-        self.path(f"behind-{index - 1}").unlink(missing_ok=True)
+
+        def write() -> None:
+            self._write(f"behind-{index}", arrays)
+            self.path(f"behind-{index - 1}").unlink(missing_ok=True)
+
+        self.keeper.keep(write)
 
     def resumed(
         self, n_layers: int, n_windows: int

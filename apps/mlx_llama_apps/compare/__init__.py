@@ -89,8 +89,8 @@ def compare(
     _check(text, questions, plot, dtype, context)
     directories, subjects = _opened(a, b)
     asked = _read_questions(questions)
-    comparison = None if text is None else _comparison(subjects, text, context, dtype)
     with StatusLine(after_s=0.3) as status:
+        comparison = None if text is None else _comparison(subjects, text, context, dtype, status)
         costs = None if no_costs else _costs(directories, dtype, status)
         scores = None if comparison is None else _scores(comparison, status)
         accuracy = None if asked is None else _accuracy(directories, asked, dtype, status)
@@ -156,7 +156,11 @@ def _read_questions(path: Path | None) -> list[Question] | None:
 
 
 def _comparison(
-    subjects: tuple[Subject, Subject], text: str, context: int, dtype: str | None
+    subjects: tuple[Subject, Subject],
+    text: str,
+    context: int,
+    dtype: str | None,
+    status: StatusLine,
 ) -> Comparison:
     from mlx_llama_quantize.comparison import Comparison
     from mlx_llama_quantize.windows import cut_windows
@@ -168,7 +172,11 @@ def _comparison(
     ids = tokenizer.encode(_read_text(text))
     windows = cut_windows(ids, bos_id=tokenizer.bos_id, context=context)
     comparison = Comparison(
-        *subjects, windows, dtype=dtype, states=paths.cache_folder() / "compare"
+        *subjects,
+        windows,
+        dtype=dtype,
+        states=paths.cache_folder() / "compare",
+        on_note=status.remark,
     )
     if windows.dropped:
         remark(f"the last {windows.dropped} of {len(ids)} tokens fill no window: left out")
