@@ -23,6 +23,29 @@ def load_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
 
     Raises: CheckpointError of one line, starting with the path.
     """
+    return parse_json_bytes(_read(path, max_bytes), where=str(path))
+
+
+def load_jsonl(path: Path, *, max_bytes: int) -> list[tuple[str, dict[str, Any]]]:
+    """Read the objects of a JSONL file, one a line, each with where it stands: "path:line".
+
+    Only a newline ends a line: JSON may hold U+2028 as it is. Raises as `load_json` does.
+    """
+    lines = load_text(path, max_bytes=max_bytes).split("\n")
+    places = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    return [(where, parse_json(line, where=where)) for where, line in places]
+
+
+def load_text(path: Path, *, max_bytes: int) -> str:
+    """Read a UTF-8 text; a byte order mark is dropped, a line ends with a newline alone.
+
+    Raises as `load_json` does.
+    """
+    text = _decoded(_read(path, max_bytes), str(path))
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
     try:
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
@@ -30,16 +53,19 @@ def load_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     if len(data) > max_bytes:
         raise CheckpointError(f"{path}: larger than {max_bytes} bytes, which is the most expected")
-    return parse_json_bytes(data, where=str(path))
+    return data
 
 
 def parse_json_bytes(data: bytes, *, where: str) -> dict[str, Any]:
     """Parse the object in UTF-8 encoded JSON; see `parse_json`."""
+    return parse_json(_decoded(data, where), where=where)
+
+
+def _decoded(data: bytes, where: str) -> str:
     try:
-        text = data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{where}: not UTF-8 text at byte {error.start}") from error
-    return parse_json(text, where=where)
 
 
 def parse_json(text: str, *, where: str) -> dict[str, Any]:

@@ -18,9 +18,10 @@ import numpy as np
 
 from mlx_llama import Llama, Message
 from mlx_llama.errors import CheckpointError
-from mlx_llama.strict_json import parse_json
+from mlx_llama.strict_json import load_jsonl
 
 MAX_ANSWER_TOKENS = 128
+MAX_BYTES = 64 << 20  # of the file
 Z_95 = 1.959964
 
 
@@ -49,15 +50,7 @@ class Accuracy:
 
 def read_questions(path: Path) -> list[Question]:
     """Read a JSONL file; CheckpointError names the line that is wrong."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not UTF-8 text at byte {error.start}") from error
-    found = [
-        _question(parse_json(line, where=f"{path}:{number}"), f"{path}:{number}")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+    found = [_question(raw, where) for where, raw in load_jsonl(path, max_bytes=MAX_BYTES)]
     if not found:
         raise CheckpointError(f"{path}: no questions, expected one JSON object a line")
     return found

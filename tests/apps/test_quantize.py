@@ -349,6 +349,15 @@ def test_texts_of_users(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"words": "two"}\n')
     with pytest.raises(CheckpointError, match=r"b\.jsonl:2: expected an object with text"):
         read_text(tmp_path / "b.jsonl")
+    odd = ["\ufeff" + '{"text": "a\u2028b"}\r', "[" * 100_000, r'{"text": "\ud800"}', '{"text": 3}']
+    (tmp_path / "d.jsonl").write_text(odd[0], encoding="utf-8")
+    assert read_text(tmp_path / "d.jsonl").content == "a\u2028b"
+    for line, message in zip(
+        odd[1:], ("nested too deeply", "surrogate", "is a string"), strict=True
+    ):
+        (tmp_path / "d.jsonl").write_text(line, encoding="utf-8")
+        with pytest.raises(CheckpointError, match=rf"d\.jsonl:1: .*{message}"):
+            read_text(tmp_path / "d.jsonl")
     (tmp_path / "c.txt").write_bytes(b"ab\xff")
     with pytest.raises(CheckpointError, match="not UTF-8 text at byte 2"):
         read_text(tmp_path / "c.txt")

@@ -25,6 +25,12 @@ def written(tmp_path: Path, *lines: str) -> Path:
     return path
 
 
+def test_a_line_ends_with_a_newline_alone(tmp_path: Path) -> None:
+    lines = ('{"question": "a\u2028b\u0085", "pattern": "x"}', '{"question": "c", "pattern": "x"}')
+    found = read_questions(written(tmp_path, *lines))
+    assert [question.text for question in found] == ["a\u2028b\u0085", "c"]
+
+
 def test_questions_are_read(tmp_path: Path) -> None:
     found = read_questions(
         written(

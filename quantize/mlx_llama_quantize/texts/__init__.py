@@ -6,12 +6,12 @@ The two have no sentence in common: what is measured was never calibrated on.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from mlx_llama.errors import CheckpointError
+from mlx_llama.strict_json import load_jsonl, load_text
 
 CERTIFICATE, CALIBRATION = "certificate.txt", "calibration.txt"
 MAX_BYTES = 64 << 20
@@ -38,29 +38,12 @@ def shipped(name: str) -> Text:
 
 def read_text(path: Path) -> Text:
     """Read a UTF-8 text, or the `text` of each line of a JSONL file. Raises CheckpointError."""
-    if path.is_file() and path.stat().st_size > MAX_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_BYTES >> 20} MiB; take a part of it")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not UTF-8 text at byte {error.start}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    if path.suffix == ".jsonl":
-        content = "\n\n".join(_texts(path, content))
-    return Text(path.name, content)
-
-
-def _texts(path: Path, content: str) -> list[str]:
+    if path.suffix != ".jsonl":
+        return Text(path.name, load_text(path, max_bytes=MAX_BYTES))
     found: list[str] = []
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}:{number}: expected an object with text") from error
+    for where, record in load_jsonl(path, max_bytes=MAX_BYTES):
+        text = record.get("text")
         if not isinstance(text, str):
-            raise CheckpointError(f"{path}:{number}: text is no text")
+            raise CheckpointError(f"{where}: expected an object with text, which is a string")
         found.append(text)
-    return found
+    return Text(path.name, "\n\n".join(found))
