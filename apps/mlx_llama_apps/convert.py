@@ -58,7 +58,7 @@ def convert(
     if no_quantize and "bits" in wanted:
         raise OptionError("--bits: does nothing with --no-quantize; leave one of them out")
     options = ConvertOptions(**wanted, quantize=not no_quantize)
-    target = making.output or paths.default_output(Path(source), size=bits_name(options))
+    target = making.output or paths.default_output(source, size=bits_name(options))
     opened = open_named(source, options, target, making)
     if opened is not None:
         build(opened, options, target, making, verify=verify)
@@ -182,7 +182,10 @@ def open_named(
 
     if not making.dry_run:
         check_target(target, force=making.force)
-    folder = bundled.checkpoint() if paths.is_bundled(source) else Path(source)
+    if not source:
+        raise OptionError("SOURCE is empty: give a folder, a hub name, or . for this folder")
+    folder = bundled.checkpoint() if paths.is_bundled(source) else paths.user_path(source)
+    paths.user_path(str(folder.resolve()))  # the manifest has its name
     revision = making.revision
     if folder.exists() or not is_hub_name(source):
         if revision is not None:

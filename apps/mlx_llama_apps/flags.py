@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
-from cyclopts import Parameter, Token
+from cyclopts import CoercionError, Parameter, Token, convert
 
 from mlx_llama.errors import OptionError
 from mlx_llama.options import (
@@ -22,6 +22,7 @@ from mlx_llama.options import (
     GenerationOptions,
     LoadOptions,
 )
+from mlx_llama_apps import paths
 
 ON_FULL_IN_CHAT = (
     "what a full context does: ask (the default at a terminal), stop, which ends the answer, or "
@@ -47,11 +48,9 @@ def _flags_of(
         if spec.metadata.get("python_only") or (only and spec.name not in only):
             continue
         kind = types.get(spec.name, hints[spec.name])
-        is_whole = int in (kind, *get_args(kind))
         parameter = Parameter(
             help=helps.get(spec.name) or spec.metadata["help"] + _default_help(spec),
             allow_leading_hyphen=True,
-            converter=_whole_number if is_whole else None,
         )
         made.append((spec.name, Annotated[kind | None, parameter], field(default=None)))
     name = f"{'Some' if only else ''}{options.__name__}Flags"
@@ -60,14 +59,26 @@ def _flags_of(
     return made_class
 
 
-def _whole_number(kind: Any, tokens: Sequence[Token]) -> int:
-    """Read a whole number; cyclopts itself would round 3.5."""
-    del kind
-    text = tokens[0].value
+def read_value(kind: Any, tokens: Sequence[Token]) -> Any:
+    """Read what was given for a parameter.
+
+    Cyclopts itself would round 3.5 to a whole number, and take ~ for the name of a folder.
+    """
+    kinds = {kind, *get_args(kind)}
+    if int in kinds:
+        numbers = [_whole_number(token) for token in tokens]
+        return numbers if list in (kind, get_origin(kind)) else numbers[0]
+    if Path in kinds:
+        return paths.user_path(tokens[0].value)
+    return convert(kind, tokens)
+
+
+def _whole_number(token: Token) -> int:
     try:
-        return int(text)
+        return int(token.value)
     except ValueError:
-        raise ValueError(f"found {text!r}, expected a whole number") from None
+        message = f"found {token.value!r}, expected a whole number"
+        raise CoercionError(msg=message, token=token) from None
 
 
 def _default_help(spec: Field[Any]) -> str:

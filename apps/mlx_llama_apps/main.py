@@ -26,6 +26,7 @@ from cyclopts import (
 import mlx_llama
 from mlx_llama.errors import MlxLlamaError, OptionError, is_ctrl_c
 from mlx_llama_apps import bench, chat, compare, convert, pull, quantize, run, show, verify
+from mlx_llama_apps.flags import read_value
 from mlx_llama_apps.terminal import visible
 
 EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 1, 2, 130
@@ -43,7 +44,7 @@ app = App(
     help="Meta's Llama checkpoints, quantized with MLX and run in your terminal.",
     version=mlx_llama.__version__,
     suppress_keyboard_interrupt=False,
-    default_parameter=Parameter(negative=(), show_default=False),
+    default_parameter=Parameter(negative=(), show_default=False, converter=read_value),
     help_epilogue="Each command has its own --help. --debug shows a traceback with an error.",
 )
 COMMANDS = {
@@ -104,6 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_main() -> None:
     """Run as the installed command."""
     if sys.stdout is None or sys.stderr is None:  # closed by who started us
+        if sys.stderr is not None:
+            line = "standard output is closed; send it to a file, or to /dev/null"
+            print(f"mlx-llama: {line}", file=sys.stderr, flush=True)
         os._exit(EXIT_ERROR)
     code = main()
     for stream in (sys.stdout, sys.stderr):

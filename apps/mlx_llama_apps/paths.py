@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
@@ -18,18 +19,17 @@ BUNDLED = "bundled"  # as a model's name: the checkpoint that ships with the pro
 
 def data_folder() -> Path:
     """Return the folder of what the user keeps."""
-    home = os.environ.get("MLX_LLAMA_HOME")
-    if home:
-        return Path(home).expanduser() / "data"
-    return platformdirs.user_data_path(APP_NAME, appauthor=False)
+    return _folder("data", platformdirs.user_data_path)
 
 
 def cache_folder() -> Path:
     """Return the folder of what can be made again."""
+    return _folder("cache", platformdirs.user_cache_path)
+
+
+def _folder(what: str, usual: Callable[..., Path]) -> Path:
     home = os.environ.get("MLX_LLAMA_HOME")
-    if home:
-        return Path(home).expanduser() / "cache"
-    return platformdirs.user_cache_path(APP_NAME, appauthor=False)
+    return user_path(home) / what if home else usual(APP_NAME, appauthor=False)
 
 
 def chats_folder() -> Path:
@@ -44,18 +44,12 @@ def history_file() -> Path:
 
 def config_file() -> Path:
     """Return the file of the user's own defaults."""
-    home = os.environ.get("MLX_LLAMA_HOME")
-    if home:
-        return Path(home).expanduser() / "config" / "config.toml"
-    return platformdirs.user_config_path(APP_NAME, appauthor=False) / "config.toml"
+    return _folder("config", platformdirs.user_config_path) / "config.toml"
 
 
 def chat_caches_folder() -> Path:
     """Return the folder of the caches of the newest chats."""
-    home = os.environ.get("MLX_LLAMA_HOME")
-    if home:
-        return Path(home).expanduser() / "cache" / "chats"
-    return platformdirs.user_cache_path(APP_NAME, appauthor=False) / "chats"
+    return cache_folder() / "chats"
 
 
 def models_at_hand() -> list[Path]:
@@ -74,22 +68,30 @@ def models_folder() -> Path:
     return data_folder() / "models"
 
 
-def default_output(source: Path, *, size: str | None) -> Path:
+def default_output(source: str, *, size: str | None) -> Path:
     """Return where a conversion goes when the user does not say: `<models>/<name>-4bit`.
 
     size: how the name ends; None adds nothing.
     """
-    resolved = source.resolve()
+    resolved = user_path(source).resolve()
     name = resolved.parent.name if resolved.name == "original" else resolved.name
     return models_folder() / (name if size is None else f"{name}-{size}")
 
 
 def user_path(text: str) -> Path:
-    """Return the path that a user wrote; OptionError for a home folder that nobody has."""
+    """Return the path that a user wrote.
+
+    Raises OptionError for a home folder that nobody has, and for a name that is not UTF-8: neither
+    MLX nor a manifest can hold it.
+    """
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
+        str(path).encode()
     except RuntimeError as error:
         raise OptionError(f"{text}: there is no such user's home folder") from error
+    except UnicodeEncodeError as error:
+        raise OptionError(f"{text}: a name in it is not UTF-8; rename that folder") from error
+    return path
 
 
 def is_bundled(text: str) -> bool:

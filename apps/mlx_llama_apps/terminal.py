@@ -10,7 +10,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Self, TextIO
 
-from mlx_llama.errors import MlxLlamaError
+from mlx_llama.errors import MlxLlamaError, OptionError
 
 # What a model (or a file it was fed) must not send to a terminal: C0 and C1 but tab and newline.
 # Halves of surrogate pairs cannot be written at all; they come from bytes that were no UTF-8.
@@ -47,8 +47,10 @@ def write_text(text: str, stream: TextIO) -> None:
 def read_stdin() -> str:
     """Read a text from standard input, less its last line break.
 
-    Raises MlxLlamaError for bytes that are not UTF-8.
+    Raises MlxLlamaError for bytes that are not UTF-8, OptionError where it is closed.
     """
+    if sys.stdin is None:
+        raise OptionError("standard input is closed: give it a text, as in: echo TEXT | mlx-llama")
     if sys.stdin.isatty():
         print("reading from the terminal; Ctrl-D on an empty line ends it", file=sys.stderr)
     data = sys.stdin.buffer.read()

@@ -73,6 +73,17 @@ USAGE = [
     (["convert", "META", "--bits", "3.5"], "found '3.5', expected a whole number"),
     (["run", "CHAT", "hi", "--max-tokens", "2.7"], "found '2.7', expected a whole number"),
     (["run", "CHAT", "hi", "--temp", "0"], "did you mean --temperature"),
+    (["bench", "BASE", "--prompt", "3.5"], "found '3.5', expected a whole number"),
+    (["bench", "BASE", "--repetitions", "1.5"], "found '1.5', expected a whole number"),
+    (["bench", "BASE", "--bits", "4.5"], "found '4.5', expected a whole number"),
+    (["bench", "BASE", "--depth", "0", "2.5"], "--depth: found '2.5', expected a whole number"),
+    (["bench", "BASE", "--depth"], "--depth requires at least 1"),
+    (
+        ["compare", "BASE", "BASE", "--text", "x", "--context", "3.5"],
+        "found '3.5', expected a whole",
+    ),
+    (["convert", ""], "SOURCE is empty"),
+    (["convert", "META", "-o", "~nosuch/x"], "~nosuch/x: there is no such user's home folder"),
     (["convert", "META", "--bits", "7"], "expected one of 2, 3, 4, 5, 6, 8"),
     (["convert", "META", "--group-size", "48"], "expected one of 32, 64, 128"),
     (["convert", "META", "--no-quantize", "--bits", "4"], "--bits: does nothing"),
@@ -119,6 +130,63 @@ def test_errors_are_one_line_and_an_exit_code(
     assert line.startswith("mlx-llama: ")
     assert text in line
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "closed", "text"),
+    [
+        (["run", "BASE"], "<&-", "standard input is closed"),
+        (["chat", "BASE"], "<&-", "standard input is closed"),
+        (["show", "BASE"], ">&-", "standard output is closed"),
+    ],
+)
+def test_a_closed_stream_is_one_line(
+    base_model: Path, home: Path, arguments: list[str], closed: str, text: str
+) -> None:
+    asked = command(*(base_model if a == "BASE" else a for a in arguments))
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'"$@" {closed}', "sh", *asked],
+        env=environment(home),
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode > 0
+    (line,) = done.stderr.splitlines()
+    assert text in line
+
+
+@pytest.mark.parametrize("home", ["~nosuch/x", "/tmp/\udcff"])
+def test_a_home_that_cannot_be_is_one_line(
+    home: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLX_LLAMA_HOME", home)
+    assert main(["run", "bundled", "Hi"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "there is no such user" in line or "not UTF-8; rename that folder" in line
+
+
+def test_a_source_whose_name_is_not_utf8_is_refused_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_meta(tmp_path / "s\udcff")
+    for given in (str(source), "."):
+        monkeypatch.chdir(source)
+        assert main(["convert", given, "-o", str(tmp_path / "out")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "not UTF-8; rename that folder" in line
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_output_knows_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_meta(tmp_path / "tiny")
+    assert main(["convert", "~/tiny", "-o", "~/out", "--quiet"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
+    assert not (tmp_path / "~").exists()
 
 
 def test_debug_shows_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import Parameter, Token
+from cyclopts import Parameter
 
 from mlx_llama.errors import OptionError
 
@@ -20,15 +19,6 @@ if TYPE_CHECKING:
 PROMPT, GENERATE, DEPTHS, REPETITIONS = 512, 128, (0, 4096), 5
 BITS = (2, 3, 4, 5, 6, 8, 16)
 LLAMA_CPP = "llama.cpp"
-
-
-def _whole_numbers(kind: Any, tokens: Sequence[Token]) -> list[int]:
-    """Read whole numbers; cyclopts itself would round 3.5."""
-    del kind
-    for token in tokens:
-        if not token.value.isdecimal():
-            raise ValueError(f"found {token.value!r}, expected a whole number")
-    return [int(token.value) for token in tokens]
 
 
 @Parameter(name="*")
@@ -48,8 +38,7 @@ class CaseFlags:
         Parameter(
             help="tokens that the context holds before each test; several are several tests "
             "(default: 0 4096, as far as the model goes)",
-            consume_multiple=True,
-            converter=_whole_numbers,
+            consume_multiple=1,
         ),
     ] = None
     repetitions: Annotated[
@@ -63,6 +52,8 @@ class CaseFlags:
                 raise OptionError(f"--{name}: found {value}, expected 0 or more")
         if self.prompt == 0 and self.generate == 0:
             raise OptionError("--prompt 0 --generate 0: nothing to measure")
+        if self.depth is not None and min(self.depth) < 0:
+            raise OptionError(f"--depth: found {min(self.depth)}, expected 0 or more")
         if self.depth is not None and len(set(self.depth)) < len(self.depth):
             raise OptionError(f"--depth: {' '.join(map(str, self.depth))} names one twice")
         if not 1 <= self.repetitions <= 1000:

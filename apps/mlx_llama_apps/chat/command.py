@@ -62,7 +62,7 @@ def chat(
     from mlx_llama_apps.chat.keeping import Folders
     from mlx_llama_apps.chat.settings import KEYS, Settings, read_config
 
-    is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    is_interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     texts = {"system": system, "date": date}
     wanted = {name: value for name, value in texts.items() if value is not None}
     for some in (chat_flags, flags, context_flags, load_flags):
