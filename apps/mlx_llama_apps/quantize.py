@@ -58,9 +58,7 @@ def quantize(
         wanted = {"method": METHOD, **wanted}
     options = ConvertOptions(**wanted)
     words = _calibration_text(options, calibration)
-    target = making.output or paths.default_output(
-        paths.user_path(source), size=_size_name(options)
-    )
+    target = making.output or paths.default_output(source, size=_size_name(options))
     opened = open_named(source, options, target, making)
     if opened is None:
         return

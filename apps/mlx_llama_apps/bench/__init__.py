@@ -7,7 +7,6 @@ there is none, `gguf` another engine's file of it.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -21,6 +20,7 @@ from mlx_llama.options import ContextOptions, LoadOptions
 from mlx_llama.strict_json import json_text
 from mlx_llama_apps import paths
 from mlx_llama_apps.bench.asked import LLAMA_CPP, CaseFlags, PeerFlags, Rival, check_model
+from mlx_llama_apps.bench.scratch import work_folder
 from mlx_llama_apps.flags import CacheFlags, LoadFlags, given
 from mlx_llama_apps.progress import remark, shown
 from mlx_llama_apps.terminal import StatusLine
@@ -77,6 +77,10 @@ def bench(
         cases = case_flags.cases(directory.config.max_context)
         options = replace(cache_options, context=max(case.context for case in cases))
         report = _report(directory, shape, load_options, status)
+        report.model |= {
+            "kv_bits": str(options.kv_bits),
+            "prefill_chunk": options.prefill_chunk,
+        }
         engines = _engines(stack, directory, rival, load_options, options, status)
         try:
             _measure(report, engines, cases, case_flags.repetitions, status)
@@ -116,7 +120,7 @@ def _random_model(shape: str, bits: int, status: StatusLine) -> Iterator[Path]:
     from mlx_llama_apps.bench.random_model import with_bits, write_random_model
     from mlx_llama_apps.bench.shapes import shape_named
 
-    with _work_folder() as work:
+    with work_folder() as work:
         config = with_bits(shape_named(shape), bits)
         progress = shown(status.show, f"making random weights in the shape of {shape}")
         yield write_random_model(work / f"{shape.lower()}-{bits}bit", config, progress)
@@ -164,18 +168,9 @@ def _peer_model(directory: ModelDirectory, rival: Rival, status: StatusLine) -> 
     else:
         from mlx_llama_apps.bench.gguf import write_gguf
 
-        with _work_folder() as work:
+        with work_folder() as work:
             progress = shown(status.show, "writing the same weights as GGUF")
             yield write_gguf(directory, work / "model.gguf", progress)
-
-
-@contextmanager
-def _work_folder() -> Iterator[Path]:
-    """Yield a folder for files of gigabytes, which is gone afterwards."""
-    home = paths.cache_folder() / "bench"
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home, ignore_cleanup_errors=True) as work:
-        yield Path(work)
 
 
 def _report(

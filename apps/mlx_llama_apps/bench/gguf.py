@@ -23,6 +23,7 @@ from mlx_llama.errors import OptionError
 from mlx_llama.loading import ModelDirectory
 from mlx_llama.rope import rope_frequencies
 from mlx_llama.weights import hf_module, is_matrix, tensor_shapes
+from mlx_llama_apps.bench.scratch import require_room
 
 ALIGNMENT = 32
 BLOCK = 32  # weights that share a scale
@@ -94,7 +95,8 @@ DENSE = {"float32": F32, "float16": Type(1, 64, _float16), "bfloat16": Type(30, 
 def write_gguf(directory: ModelDirectory, path: Path, on_bytes: OnBytes | None = None) -> Path:
     """Write the weights; on_bytes(done, total) counts them. Returns the path.
 
-    Raises OptionError for bits that llama.cpp has no counterpart of.
+    Raises OptionError for bits that llama.cpp has no counterpart of, OutputError where the disk
+    has no room.
     """
     config = directory.config
     tensors = [_Tensor(directory, name) for name in tensor_shapes(config)]
@@ -108,6 +110,7 @@ def write_gguf(directory: ModelDirectory, path: Path, on_bytes: OnBytes | None =
         position += _aligned(tensor.nbytes)
     metadata = [_entry(key, value) for key, value in _metadata(config).items()]
     head = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(metadata)) + b"".join(metadata + infos)
+    require_room(path.parent, len(head) + position, "the GGUF file", "give one by --peer-model")
     done = 0
     with path.open("wb") as file:
         file.write(head.ljust(_aligned(len(head)), b"\0"))

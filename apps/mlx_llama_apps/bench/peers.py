@@ -57,7 +57,7 @@ def open_peer(
     name: str, program: str, model: Path, *, dtype: str, threads: int | None, context: int
 ) -> Engine:
     """Start a peer on a model and wait until it is loaded; MlxLlamaError when it fails."""
-    if Path(program).name.startswith(LLAMA_BENCH):
+    if name == LLAMA_CPP and Path(program).name.startswith(LLAMA_BENCH):
         return LlamaBench(program, model, threads)
     if name == MLX_LM:
         arguments = [str(model), dtype]
@@ -71,7 +71,7 @@ class PeerProcess:
     """A peer that takes tests and gives samples, each a line of JSON."""
 
     def __init__(self, name: str, command: Sequence[str]) -> None:
-        self.name = name
+        self.name, self._program = name, command[0]
         self._peak: int | None = None
         self._errors: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         # In a session of its own: Ctrl-C is ours to handle. Our paths are none of its business.
@@ -86,7 +86,7 @@ class PeerProcess:
             start_new_session=True,
         )
         try:
-            self.version: str = self._answer()["version"]
+            self.version: str = self._answer("version", str)["version"]
         except BaseException:
             self.close()
             raise
@@ -96,9 +96,9 @@ class PeerProcess:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended: why is what its answer tells
             print(json.dumps(asdict(case)), file=self._process.stdin, flush=True)
-        answer = self._answer()
+        answer = self._answer("seconds", float)
         self._peak = peak_of(self._process.pid)
-        return Sample(answer["seconds"], answer["peak_bytes"])
+        return Sample(answer["seconds"], answer.get("peak_bytes"))
 
     def read_bytes(self, case: Case) -> int | None:
         """Return None: nobody tells."""
@@ -116,11 +116,19 @@ class PeerProcess:
                 with suppress(OSError):
                     stream.close()
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self, key: str, kind: type) -> dict[str, Any]:
+        """Return the next answer, which has this key."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line:
-            return json.loads(line)
+            with suppress(ValueError, RecursionError):
+                answer = json.loads(line)
+                if isinstance(answer, dict) and isinstance(answer.get(key), kind):
+                    return answer
+            raise MlxLlamaError(
+                f"--against {self.name}: {self._program} is no Python: it answers "
+                f"{line.strip()!r:.60}; name one that has {self.name} by --peer"
+            )
         code = self._process.wait()
         self._errors.seek(0)
         raise MlxLlamaError(f"--against {self.name}: {_reason(self._errors.read(), code)}")
@@ -153,12 +161,13 @@ class LlamaBench:
             errors.seek(0)
             try:
                 found = json.loads(output.read())[0]
-            except (ValueError, LookupError) as error:
-                raise MlxLlamaError(
-                    f"--against {self.name}: {_reason(errors.read(), code)}"
-                ) from error
-        self.version = f"{LLAMA_BENCH} {found.get('build_number', '')}, {found['model_type']}"
-        return Sample(found["avg_ns"] / 1e9)
+                build, model = found.get("build_number", ""), found["model_type"]
+                self.version = f"{LLAMA_BENCH} {build}, {model}"
+                return Sample(found["avg_ns"] / 1e9)
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                odd = f"{self._command[0]} gives no results of {LLAMA_BENCH}; name that by --peer"
+                reason = _reason(errors.read(), code) if code else odd
+                raise MlxLlamaError(f"--against {self.name}: {reason}") from error
 
     def read_bytes(self, case: Case) -> int | None:
         """Return None: nobody tells."""

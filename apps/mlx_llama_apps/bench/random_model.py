@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import zlib
 from base64 import b64encode
 from collections.abc import Callable, Iterator
@@ -21,18 +20,17 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_llama.config import ModelConfig, QuantFormat, config_to_hf
-from mlx_llama.errors import OutputError
 from mlx_llama.kinds import kind_named
 from mlx_llama.safetensors_writer import Entry, SafetensorsWriter, entry_nbytes
 from mlx_llama.tokenizer import open_tokenizer
 from mlx_llama.tokenizer.bpe import N_SPECIAL
 from mlx_llama.weights import hf_module, is_matrix, tensor_shapes
+from mlx_llama_apps.bench.scratch import require_room
 from mlx_llama_convert.tokenizer_files import write_tokenizer_files
 
 NUMBERS_AT_ONCE = 1 << 22
 DENSE_BITS = 16
 GROUPS = (64, 32)
-SPARE_BYTES = 256 << 20  # of the disk
 
 OnBytes = Callable[[int, int], None]
 
@@ -54,11 +52,7 @@ def write_random_model(folder: Path, config: ModelConfig, on_bytes: OnBytes | No
     entries = [entry for name in tensor_shapes(config) for entry in _entries(name, config)]
     total = sum(entry_nbytes(entry) for entry in entries)
     folder.mkdir(parents=True)
-    if (free := shutil.disk_usage(folder).free) < total + SPARE_BYTES:
-        raise OutputError(
-            f"{folder}: the model takes {total / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are "
-            "free; take a smaller --shape or fewer --bits, or move MLX_LLAMA_HOME"
-        )
+    require_room(folder, total, "the model", "take a smaller --shape or fewer --bits")
     _write_vocabulary(folder, config)
     done = 0
     with SafetensorsWriter(

@@ -136,6 +136,11 @@ def _about(report: Report) -> Iterator[str]:
     )
     slower = "" if machine["missing_kernels"] is None else f"; {SLOWER}"
     runs = f"{machine['backend']}, {model['dtype']}; {machine['kernels']}{slower}"
+    if model["kv_bits"] != "16":
+        theirs = "" if report.peer is None else f" ({report.peer}'s is not packed)"
+        runs += f"; the cache in {model['kv_bits']} bits{theirs}"
+    if model["prefill_chunk"] is not None:
+        runs += f"; prompts in slices of {model['prefill_chunk']}"
     yield f"runs on {runs}; {machine['processors']} processors"
     if machine["bandwidth"] is not None:
         known = ""

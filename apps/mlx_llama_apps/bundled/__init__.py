@@ -6,10 +6,6 @@ is converted from it on first use.
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ from mlx_llama.errors import CheckpointError, OutputError
 from mlx_llama.options import ConvertOptions
 from mlx_llama.strict_json import load_json
 from mlx_llama_apps import paths
+from mlx_llama_apps.locks import locked
 from mlx_llama_apps.progress import remark
 
 BITS = 8  # small models lose much at 4
@@ -54,7 +51,9 @@ def model_directory() -> Path:
     from mlx_llama_apps.flags import MakingFlags
     from mlx_llama_convert import open_source
 
-    with _alone_in(made.parent):
+    made.parent.mkdir(parents=True, exist_ok=True)
+    told = "another mlx-llama is making the bundled model: waiting for it"
+    with locked(made.parent, on_wait=lambda: remark(told)):
         if not _is_whole(made, source):
             _refuse_another(made)
             options = ConvertOptions(bits=BITS)
@@ -67,22 +66,6 @@ def is_made() -> bool:
     """Whether a model directory of this checkpoint is there, whole or not."""
     source = _manifest(target()).get("source")
     return isinstance(source, dict) and source.get("name") == _FOLDER.name
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock: of two first uses at once the second waits, and finds it made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            remark("another mlx-llama is making the bundled model: waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
 
 
 def _refuse_another(made: Path) -> None:

@@ -11,8 +11,10 @@ import pytest
 
 from mlx_llama_apps.bench import machine
 from mlx_llama_apps.bench.cases import Case, Row, Sample, cases_of
+from mlx_llama_apps.bench.scratch import work_folder
 from mlx_llama_apps.main import main
 from processes import interrupt, start
+from tiny_models import write_model
 
 FEW = ["--prompt", "8", "--generate", "4", "--repetitions", "2"]
 BANDWIDTH = 1e9
@@ -224,6 +226,78 @@ def test_llama_bench_is_asked_for_one_test_at_a_time(
     assert len(lines) == 6  # each test is warmed up, then run twice
     assert f"-m {file} -r 1 -o json -p 8 -n 0 -d 16" in lines
     assert lines[-1].endswith("-p 0 -n 4 -d 16")
+
+
+@pytest.mark.parametrize(
+    ("against", "answer"),
+    [
+        ("mlx-lm", "hello"),
+        ("mlx-lm", "[1]"),
+        ("mlx-lm", "{}"),
+        ("llama.cpp", "hello"),
+        ("llama.cpp", '[{"x": 1}]'),
+        ("llama.cpp", "[1]"),
+    ],
+)
+def test_a_program_that_is_no_peer_is_told_in_one_line(
+    against: str,
+    answer: str,
+    base_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The name of llama-bench makes none of mlx-lm's peers one of llama.cpp's."""
+    program = tmp_path / "llama-bench"
+    program.write_text(f"#!/bin/sh\necho '{answer}'\n", encoding="utf-8")
+    program.chmod(0o755)
+    asked = ["--against", against, "--peer", str(program), "--depth", "0"]
+    assert main(["bench", str(base_model), *FEW, *asked]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--against {against}: {program} " in line
+    assert "by --peer" in line
+
+
+def test_a_packed_cache_is_told_beside_a_peer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_with_wide_heads = write_model(tmp_path / "m", params={"n_heads": 2, "n_kv_heads": 1})
+    asked = ["--against", "mlx-lm", "--peer", peer(tmp_path), "--depth", "0"]
+    asked += ["--kv-bits", "8", "--prefill-chunk", "4"]
+    assert main(["bench", str(model_with_wide_heads), *FEW, *asked, "--json"]) == 0
+    model = json.loads(capsys.readouterr().out)["model"]
+    assert (model["kv_bits"], model["prefill_chunk"]) == ("8", 4)
+    assert main(["bench", str(model_with_wide_heads), *FEW, *asked]) == 0
+    out = capsys.readouterr().out
+    assert "the cache in 8 bits (mlx-lm's is not packed); prompts in slices of 4" in out
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next_and_a_live_one_is_not(home: Path) -> None:
+    """Gigabytes of random weights stayed in the cache for good."""
+    code = (
+        "import time\n"
+        "from mlx_llama_apps.bench.scratch import work_folder\n"
+        "with work_folder() as folder:\n"
+        "    print(folder, flush=True); time.sleep(60)\n"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "MLX_LLAMA_HOME": str(home),
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        left = Path(process.stdout.readline().strip())
+        (left / "weights").write_text("")
+        with work_folder() as mine:
+            assert left.is_dir()
+        assert not mine.exists()
+        process.terminate()
+        process.wait(timeout=20)
+        assert left.is_dir()
+    with work_folder():
+        assert not left.exists()
 
 
 def test_ctrl_c_prints_what_was_done_and_leaves_nothing_behind(tmp_path: Path, home: Path) -> None:

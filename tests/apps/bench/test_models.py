@@ -15,7 +15,7 @@ import pytest
 import mlx_llama
 from mlx_llama.errors import OptionError, OutputError
 from mlx_llama.loading import open_model_directory
-from mlx_llama_apps.bench import random_model
+from mlx_llama_apps.bench import scratch
 from mlx_llama_apps.bench.gguf import write_gguf
 from mlx_llama_apps.bench.random_model import with_bits, write_random_model
 from mlx_llama_apps.bench.shapes import SHAPES, shape_named
@@ -89,9 +89,12 @@ def test_progress_counts_every_byte_and_a_full_disk_is_refused(
         tmp_path / "a", with_bits(small_shape(), 4), lambda *done: told.append(done)
     )
     assert told[-1][0] == told[-1][1] == open_model_directory(folder).weight_bytes
-    monkeypatch.setattr(random_model, "SPARE_BYTES", 1 << 62)
+    monkeypatch.setattr(scratch, "SPARE_BYTES", 1 << 62)
     with pytest.raises(OutputError, match="take a smaller --shape or fewer --bits"):
         write_random_model(tmp_path / "b", with_bits(small_shape(), 4))
+    with pytest.raises(OutputError, match="give one by --peer-model"):
+        write_gguf(open_model_directory(folder), tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
 
 
 # --- GGUF ----------------------------------------------------------------------------------------
