@@ -123,3 +123,13 @@ def stack_rows(parts: Sequence[Matrix]) -> Matrix:
 
 def _joined(arrays: list[mx.array]) -> mx.array:
     return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=0)
+
+
+def held(matrix: Matrix) -> ops.Held | None:
+    """Return a matrix as the native kernels take it; None where they do not."""
+    match matrix:
+        case Dense():
+            return ops.held(matrix.arrays(), None)
+        case Packed():
+            return ops.held(matrix.arrays(), matrix.form)
+    return None

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_llama import ops
 from mlx_llama.cache import Cache, NoCache
 from mlx_llama.config import ModelConfig
-from mlx_llama.linear import Matrix
+from mlx_llama.linear import Matrix, held
 from mlx_llama.rope import rope_periods
 
 LAST = slice(-1, None)  # the newest position alone
@@ -101,12 +101,9 @@ class LlamaModel:
         h = self.tok_embeddings.rows(tokens)
         for layer, block in enumerate(self.blocks):
             asked = positions if layer == len(self.blocks) - 1 else None
-            # No name for what is added: it would live on while the caller evaluates.
-            h = (h if asked is None else h[:, asked]) + self._attention(
-                layer, block, h, cache, asked
-            )
+            h = self._attention(layer, block, h, cache, asked)
             yield h
-            h = h + self._feed_forward(block, h)
+            h = self._feed_forward(block, h)
             yield h
         cache.advance(n_tokens)
 
@@ -114,8 +111,7 @@ class LlamaModel:
         """Return the residual stream h (B, L, dim) of whole texts behind one block."""
         cache = NoCache()
         cache.begin(h.shape[1])
-        h = h + self._attention(0, block, h, cache, None)
-        return h + self._feed_forward(block, h)
+        return self._feed_forward(block, self._attention(0, block, h, cache, None))
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return the scores of the vocabulary, (..., V) float32, for hidden (..., dim)."""
@@ -130,23 +126,41 @@ class LlamaModel:
         cache: Cache,
         positions: slice | mx.array | None,
     ) -> mx.array:
-        batch, n_tokens, _ = h.shape
-        n_heads, n_kv_heads = self.config.n_heads, self.config.n_kv_heads
-        x = block.wqkv(ops.rms_norm(h, block.attention_norm, self.config.norm_eps))
-        x = x.reshape(batch, n_tokens, n_heads + 2 * n_kv_heads, -1).transpose(0, 2, 1, 3)
-        # q and k turn by the same angles, so one call turns both: (B, H + K, L, D).
-        turned = ops.rotate(x[:, : n_heads + n_kv_heads], self._periods, cache.position)
-        view = cache.append(layer, turned[:, n_heads:], x[:, n_heads + n_kv_heads :])
-        q = turned[:, :n_heads]
+        """Return the residual stream h behind a block's attention, of the asked positions alone."""
+        turned, v = self._heads(block, h, cache.position)
+        q = turned[:, : self.config.n_heads]
+        view = cache.append(layer, turned[:, self.config.n_heads :], v)
         if positions is LAST:  # the newest query sees everything
-            q, positions = q[:, :, LAST], None
+            q, h, positions = q[:, :, LAST], h[:, LAST], None
+        if positions is None:
+            whole = ops.attended(h, q, view, self._scale, held(block.wo))
+            if whole is not None:
+                return whole
         out = ops.attention(q, view, scale=self._scale).transpose(0, 2, 1, 3)
-        out = out if positions is None else out[:, positions]
-        return block.wo(out.reshape(batch, out.shape[1], -1))
+        if positions is not None:
+            out, h = out[:, positions], h[:, positions]
+        return h + block.wo(out.reshape(*out.shape[:2], -1))
+
+    def _heads(self, block: Block, h: mx.array, offset: int) -> tuple[mx.array, mx.array]:
+        """Return queries and keys, rotated, (B, H + K, L, D), and values (B, K, L, D)."""
+        config, batch, n_tokens = self.config, h.shape[0], h.shape[1]
+        n_turned, norm = config.n_heads + config.n_kv_heads, (block.attention_norm, config.norm_eps)
+        wqkv = held(block.wqkv)
+        whole = ops.turned_heads(h, norm, wqkv, self._periods, offset, n_turned)
+        if whole is not None:
+            return whole[:, :n_turned], whole[:, n_turned:]
+        x = block.wqkv(ops.rms_norm(h, *norm))
+        x = x.reshape(batch, n_tokens, n_turned + config.n_kv_heads, -1).transpose(0, 2, 1, 3)
+        # q and k turn by the same angles, so one call turns both: (B, H + K, L, D).
+        return ops.rotate(x[:, :n_turned], self._periods, offset), x[:, n_turned:]
 
     def _feed_forward(self, block: Block, h: mx.array) -> mx.array:
-        x = block.w13(ops.rms_norm(h, block.ffn_norm, self.config.norm_eps))
-        return block.w2(ops.swiglu(x))
+        """Return the residual stream h behind a block's feed-forward layer."""
+        norm = block.ffn_norm, self.config.norm_eps
+        whole = ops.feed_forward(h, norm, held(block.w13), held(block.w2))
+        if whole is not None:
+            return whole
+        return h + block.w2(ops.swiglu(block.w13(ops.rms_norm(h, *norm))))
 
     def arrays(self) -> list[mx.array]:
         """Return every weight held in memory, a tied output once."""

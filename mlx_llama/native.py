@@ -6,6 +6,7 @@ Owns finding them, and saying what is missing. `ops.py` decides when they are us
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ import mlx.core as mx
 from mlx_llama.cache.view import View
 from mlx_llama.config import QuantFormat
 
-INTERFACE = 2  # of the extension: one that was built of older sources is refused
+INTERFACE = 3  # of the extension: one that was built of older sources is refused
 MOST_GROUPS = 4096  # of a matrix's row
 MOST_HEAD_DIM = 512
 BITS = (2, 3, 4, 5, 6, 8)
@@ -96,3 +97,25 @@ def takes_view(q: mx.array, view: View) -> bool:
         and len(set(stored)) == 1
         and all(array.dtype in FLOATS for array in floats)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A matrix as the kernels take it: its arrays; group_size and bits are 0 where it is dense."""
+
+    arrays: list[mx.array]
+    group_size: int = 0
+    bits: int = 0
+
+
+def held(arrays: list[mx.array], form: QuantFormat | None) -> Held | None:
+    """Return a matrix of these arrays as the kernels take it; None where they do not."""
+    if form is None:
+        return Held(arrays) if arrays[0].dtype in FLOATS else None
+    fits = takes_format(form) and arrays[-1].shape[-1] <= MOST_GROUPS
+    return Held(arrays, form.group_size, form.bits) if fits else None
+
+
+def takes_row(h: mx.array) -> bool:
+    """Whether the kernels take h (B, L, dim) through a block in three operations: one token."""
+    return h.dtype == mx.float32 and h.shape[:2] == (1, 1)

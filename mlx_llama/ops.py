@@ -16,6 +16,7 @@ from mlx_llama.attention import Manner, attend
 from mlx_llama.cache.view import Sees, View
 from mlx_llama.config import QuantFormat
 from mlx_llama.errors import OptionError
+from mlx_llama.native import Held
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -221,3 +222,67 @@ def swiglu(x: mx.array) -> mx.array:
         return ours.swiglu(x)
     gate, up = mx.split(x, 2, axis=-1)
     return gate * mx.sigmoid(gate) * up
+
+
+# One token's way through a block in three operations where the kernels take it, None elsewhere:
+# what MLX costs for each operation is then a good part of a small model's step.
+
+
+def row_kernels(h: mx.array) -> Any | None:
+    """Return the native kernels where they take h (B, L, dim) through a block: one token's row."""
+    ours = kernels()
+    return ours if ours is not None and native.takes_row(h) else None
+
+
+def turned_heads(
+    h: mx.array,
+    norm: tuple[mx.array, float],
+    wqkv: Held | None,
+    periods: mx.array,
+    offset: int,
+    n_turned: int,
+) -> mx.array | None:
+    """Return the heads (1, heads, 1, D) of wqkv times the normed row h, the first ones rotated.
+
+    norm: weight and epsilon.
+    """
+    ours = row_kernels(h)
+    if ours is None or wqkv is None:
+        return None
+    how = wqkv.arrays, wqkv.group_size, wqkv.bits
+    return ours.turned_heads(h, *norm, *how, periods, offset, n_turned)
+
+
+def attended(
+    h: mx.array, q: mx.array, view: View, scale: float, wo: Held | None
+) -> mx.array | None:
+    """Return the row h plus wo times what attention of q (1, H, 1, D) over a view gives."""
+    ours = row_kernels(h)
+    if ours is None or wo is None or q.shape[2] != 1 or not native.takes_view(q, view):
+        return None
+    keys, values = ([part[which].arrays for part in view.parts] for which in (0, 1))
+    how = wo.arrays, wo.group_size, wo.bits
+    return ours.attended(h, q, keys, values, scale, view.sight.bounds(1), *how)
+
+
+def feed_forward(
+    h: mx.array,
+    norm: tuple[mx.array, float],
+    w13: Held | None,
+    w2: Held | None,
+) -> mx.array | None:
+    """Return the row h plus w2 times the gated w13 times the normed h."""
+    ours = row_kernels(h)
+    if ours is None or w13 is None or w2 is None:
+        return None
+    if (w13.group_size, w13.bits) != (w2.group_size, w2.bits):
+        return None
+    return ours.feed_forward(h, *norm, w13.arrays, w2.arrays, w2.group_size, w2.bits)
+
+
+def keep_likeliest(logits: mx.array, *, top_k: int, top_p: float, min_p: float) -> mx.array | None:
+    """Set all but the likeliest logits (V,) to minus infinity; None where MLX's operations do."""
+    ours = kernels()
+    if ours is None or logits.dtype != mx.float32:
+        return None
+    return ours.keep_likeliest(logits, top_k, top_p, min_p)

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_llama import ops
 from mlx_llama.errors import CheckpointError, OptionError
 from mlx_llama.options import DEFAULT_TEMPERATURE, DEFAULT_TOP_P, GenerationOptions
 from mlx_llama.tokenizer import Tokenizer
@@ -175,6 +176,15 @@ def keep_likeliest(logits: mx.array, *, top_k: int, top_p: float, min_p: float) 
     top_p keeps a token when the tokens before it hold at most that much probability, as
     `sample_top_p` in meta-llama/llama-models does; equally likely ones stay or go together.
     """
+    is_all = not 0 < top_k < logits.size and top_p >= 1.0 and min_p <= 0.0
+    if is_all:
+        return logits
+    kept = ops.keep_likeliest(logits, top_k=top_k, top_p=top_p, min_p=min_p)
+    return _by_arrays(logits, top_k, top_p, min_p) if kept is None else kept
+
+
+def _by_arrays(logits: mx.array, top_k: int, top_p: float, min_p: float) -> mx.array:
+    """Do what `keep_likeliest` says by MLX's operations."""
     if 0 < top_k < logits.size:
         logits = mx.where(logits >= mx.min(mx.topk(logits, top_k)), logits, -math.inf)
     if top_p < 1.0:

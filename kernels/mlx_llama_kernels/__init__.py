@@ -16,17 +16,21 @@ if mx.__version__ != MLX_VERSION:
         "build it again (make kernels)"
     )
 
-INTERFACE = 2  # grows whenever a function is added or takes something else; mlx_llama asks for it
+INTERFACE = 3  # grows whenever a function is added or takes something else; mlx_llama asks for it
 
 from mlx_llama_kernels._kernels import (
+    attended,
     attention,
+    feed_forward,
     instructions,
+    keep_likeliest,
     matmul,
     quantized_matmul,
     rms_norm,
     rotate,
     swiglu,
     threads,
+    turned_heads,
     use_instructions,
     use_threads,
 )
@@ -34,14 +38,18 @@ from mlx_llama_kernels._kernels import (
 __all__ = [
     "INTERFACE",
     "MLX_VERSION",
+    "attended",
     "attention",
+    "feed_forward",
     "instructions",
+    "keep_likeliest",
     "matmul",
     "quantized_matmul",
     "rms_norm",
     "rotate",
     "swiglu",
     "threads",
+    "turned_heads",
     "use_instructions",
     "use_threads",
 ]

@@ -22,6 +22,38 @@ def attention(
     scale: float,
     sight: mx.array | None = None,
 ) -> mx.array: ...
+def turned_heads(
+    h: mx.array,
+    norm: mx.array,
+    eps: float,
+    wqkv: Sequence[mx.array],
+    group_size: int,
+    bits: int,
+    periods: mx.array,
+    offset: int,
+    n_turned: int,
+) -> mx.array: ...
+def attended(
+    h: mx.array,
+    q: mx.array,
+    keys: Sequence[Sequence[mx.array]],
+    values: Sequence[Sequence[mx.array]],
+    scale: float,
+    sight: mx.array | None,
+    wo: Sequence[mx.array],
+    group_size: int,
+    bits: int,
+) -> mx.array: ...
+def feed_forward(
+    h: mx.array,
+    norm: mx.array,
+    eps: float,
+    w13: Sequence[mx.array],
+    w2: Sequence[mx.array],
+    group_size: int,
+    bits: int,
+) -> mx.array: ...
+def keep_likeliest(scores: mx.array, top_k: int, top_p: float, min_p: float) -> mx.array: ...
 def instructions() -> str: ...
 def use_instructions(name: str) -> bool: ...
 def threads() -> int: ...

@@ -25,6 +25,16 @@ NB_MODULE(_kernels, m) {
         "The last m rows of q (B, H, m, D) over the parts of keys and values, each [(B, K, S, D)] or\n"
         "packed [words, scales, biases]. sight (2, S) int32: the first and the last of the m that see a\n"
         "row; without it each sees the rows up to its own.");
+  m.def("turned_heads", &mlk::graph::turned_heads, "h"_a, "norm"_a, "eps"_a, "wqkv"_a, "group_size"_a,
+        "bits"_a, "periods"_a, "offset"_a, "n_turned"_a,
+        "One token's heads (1, heads, 1, D): the normed h (1, 1, dim) times wqkv, the first n_turned rotated.");
+  m.def("attended", &mlk::graph::attended, "h"_a, "q"_a, "keys"_a, "values"_a, "scale"_a,
+        "sight"_a.none(), "wo"_a, "group_size"_a, "bits"_a,
+        "h plus wo times what attention of one token's q (1, H, 1, D) gives.");
+  m.def("feed_forward", &mlk::graph::feed_forward, "h"_a, "norm"_a, "eps"_a, "w13"_a, "w2"_a,
+        "group_size"_a, "bits"_a, "h plus w2 times the gated w13 times the normed h (1, 1, dim).");
+  m.def("keep_likeliest", &mlk::graph::keep_likeliest, "scores"_a, "top_k"_a, "top_p"_a, "min_p"_a,
+        "scores (V,) float32, minus infinity for all but the likeliest, without sorting them.");
   m.def("instructions", [] { return std::string(mlk::chosen().name); },
         "Name the instruction set in use.");
   m.def("use_instructions", [](const std::string& name) { return mlk::choose(name.c_str()); },

@@ -1,144 +1,10 @@
 #include "primitives.h"
 
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <sstream>
-#include <stdexcept>
-#include <vector>
-
-#include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
-#include "mlx/ops.h"
-#include "mlx/primitives.h"
-#include "mlx/scheduler.h"
-#include "operations.h"
+#include "on_cpu.h"
 
 namespace mlk::graph {
 
 namespace {
-
-using mx::array;
-
-constexpr size_t MANY = 8;  // tokens from which the memory of their outputs matters
-
-Type type_of(const array& a) {
-  if (a.dtype() == mx::float32) return Type::f32;
-  return a.dtype() == mx::bfloat16 ? Type::bf16 : Type::f16;
-}
-
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::invalid_argument(text.str());
-}
-
-void require_float(const char* name, const array& a) {
-  if (a.dtype() != mx::float32 && a.dtype() != mx::bfloat16 && a.dtype() != mx::float16) {
-    refuse(name, ": found ", a.dtype(), ", expected float32, bfloat16 or float16");
-  }
-}
-
-// An array's numbers row after row, copied only where they do not stand so.
-class Straight {
- public:
-  explicit Straight(const array& a) : data_(a.data<char>()) {
-    if (a.flags().row_contiguous || a.size() == 0) return;
-    size_t each = a.itemsize(), last = a.ndim() - 1;
-    copy_.resize(a.size() * each);
-    char* to = copy_.data();
-    std::vector<int> index(a.ndim(), 0);
-    for (size_t row = 0; row < a.size() / a.shape(last); ++row) {
-      int64_t from = 0;
-      for (size_t d = 0; d < last; ++d) from += index[d] * a.strides(d);
-      for (int i = 0; i < a.shape(last); ++i, to += each) {
-        std::memcpy(to, data_ + (from + i * a.strides(last)) * int64_t(each), each);
-      }
-      for (size_t d = last; d-- > 0;) {
-        if (++index[d] < a.shape(d)) break;
-        index[d] = 0;
-      }
-    }
-    data_ = copy_.data();
-  }
-  const void* data() const { return data_; }
-
- private:
-  const char* data_;
-  std::vector<char> copy_;
-};
-
-// Four dimensions with unbroken rows; the numbers are copied where rows are broken.
-class Headed {
- public:
-  explicit Headed(const array& a) {
-    heads_ = {a.data<char>(),      type_of(a),          size_t(a.shape(0)),
-              size_t(a.shape(1)),  size_t(a.shape(2)),  size_t(a.shape(3)),
-              a.strides(0),        a.strides(1),        a.strides(2)};
-    if (a.strides(3) == 1 || a.size() == 0) return;
-    copy_ = std::make_unique<Straight>(a);
-    heads_.data = copy_->data();
-    heads_.stride_row = a.shape(3);
-    heads_.stride_head = heads_.stride_row * a.shape(2);
-    heads_.stride_batch = heads_.stride_head * a.shape(1);
-  }
-  const Heads& get() const { return heads_; }
-
- private:
-  Heads heads_;
-  std::unique_ptr<Straight> copy_;
-};
-
-Rows rows_of(const array& x, const Straight& straight) {
-  size_t n = x.shape(-1);
-  return {straight.data(), type_of(x), n ? x.size() / n : 0, n};
-}
-
-// One output, on the CPU, computed by `run` on the stream's thread.
-class OnCpu : public mx::UnaryPrimitive {
- public:
-  explicit OnCpu(mx::Stream stream) : UnaryPrimitive(stream) {}
-
-  void eval_cpu(const std::vector<array>& inputs, array& out) override {
-    // MLX allocates arrays when they are queued, and gives back what an operation read when the
-    // stream has done it. What a prompt's operations need at once would be a matter of which thread
-    // is faster; so each waits until all before is done and given back.
-    if (tokens(out) >= MANY) mx::synchronize(stream());
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-    std::vector<array> held;
-    for (const array& input : inputs) held.push_back(array::unsafe_weak_copy(input));
-    // The lambda must not need this primitive: it may be gone before the stream runs it.
-    auto task = [work = work(), held = std::move(held),
-                 out = array::unsafe_weak_copy(out)]() mutable { work(held, out); };
-    if (!reads_cache()) {
-      mx::cpu::get_command_encoder(stream()).dispatch(std::move(task));
-      return;
-    }
-    // A task of its own, which the next waits for: the next token's write would copy a cache that
-    // waits to be read.
-    while (mx::scheduler::n_active_tasks() > 1) mx::scheduler::wait_for_one();
-    mx::scheduler::notify_new_task(stream());
-    // Told by a destructor: MLX drops the tasks behind one that failed, and they are over, too.
-    std::shared_ptr<void> over(nullptr, [s = stream()](void*) {
-      mx::scheduler::notify_task_completion(s);
-    });
-    mx::scheduler::enqueue(stream(), [over = std::move(over), task = std::move(task)]() mutable { task(); });
-  }
-
-  void eval_gpu(const std::vector<array>&, array&) override {
-    throw std::runtime_error("these kernels run on a CPU alone");
-  }
-
- protected:
-  using Work = std::function<void(const std::vector<array>&, array&)>;
-  virtual Work work() const = 0;
-  virtual bool reads_cache() const { return false; }
-  // How many tokens an output holds.
-  virtual size_t tokens(const array& out) const {
-    return out.shape(-1) ? out.size() / out.shape(-1) : 0;
-  }
-};
 
 class QuantizedProduct : public OnCpu {
  public:
@@ -239,82 +105,34 @@ class Rotation : public OnCpu {
   int offset_;
 };
 
-// How keys or values stand among a primitive's inputs: one array, or words, scales and biases.
-struct Storage {
-  int bits, group;
-  size_t arrays() const { return bits ? 3 : 1; }
-  bool operator==(const Storage&) const = default;
-};
-
-// One part's keys or values, from inputs[at] on.
-class Rowed {
- public:
-  Rowed(const Storage& how, const std::vector<array>& in, size_t at) : numbers_(in[at]) {
-    stored_ = {numbers_.get(), how.bits, {}, {}};
-    if (!how.bits) return;
-    scales_ = std::make_unique<Headed>(in[at + 1]);
-    biases_ = std::make_unique<Headed>(in[at + 2]);
-    stored_.scales = scales_->get(), stored_.biases = biases_->get();
-  }
-  const Stored& get() const { return stored_; }
-
- private:
-  Headed numbers_;
-  std::unique_ptr<Headed> scales_, biases_;
-  Stored stored_;
-};
-
 class CacheAttention : public OnCpu {
  public:
-  CacheAttention(mx::Stream stream, float scale, Storage keys, Storage values, size_t parts)
-      : OnCpu(stream), scale_(scale), keys_(keys), values_(values), parts_(parts) {}
+  CacheAttention(mx::Stream stream, const Cached& cached) : OnCpu(stream), cached_(cached) {}
   const char* name() const override { return "MlxLlamaAttention"; }
   bool reads_cache() const override { return true; }
   size_t tokens(const array& out) const override { return size_t(out.shape(0)) * out.shape(1); }
   bool is_equivalent(const Primitive& other) const override {
-    const auto& o = static_cast<const CacheAttention&>(other);
-    return scale_ == o.scale_ && keys_ == o.keys_ && values_ == o.values_ && parts_ == o.parts_;
+    return cached_ == static_cast<const CacheAttention&>(other).cached_;
   }
 
  protected:
   Work work() const override {
-    return [scale = scale_, k = keys_, v = values_, parts = parts_](const std::vector<array>& in,
-                                                                   array& out) {
-      Headed q(in[0]);
-      std::vector<std::unique_ptr<Rowed>> held;
-      std::vector<Stored> keys, values;
-      size_t at = 1, rows = 0;
-      auto take = [&](const Storage& how, std::vector<Stored>& into) {
-        into.push_back(held.emplace_back(std::make_unique<Rowed>(how, in, at))->get());
-        at += how.arrays();
-      };
-      for (size_t part = 0; part < parts; ++part) {
-        take(k, keys);
-        take(v, values);
-        rows += keys.back().numbers.m;
-      }
-      std::unique_ptr<Straight> sight;
-      if (at < in.size()) sight = std::make_unique<Straight>(in[at]);
-      mlk::attention(Pool::shared(), chosen(),
-                     {q.get(), keys.data(), values.data(), parts, rows,
-                      sight ? static_cast<const int32_t*>(sight->data()) : nullptr, scale,
-                      out.data<char>()});
+    return [cached = cached_](const std::vector<array>& in, array& out) {
+      with_attention(cached, in, [&](Attention a) {
+        a.out = out.data<char>();
+        mlk::attention(Pool::shared(), chosen(), a);
+      });
     };
   }
 
  private:
-  float scale_;
-  Storage keys_, values_;
-  size_t parts_;
+  Cached cached_;
 };
-
-mx::Stream cpu() { return mx::default_stream(mx::Device::cpu); }
 
 }  // namespace
 
-array quantized_matmul(const array& x, const array& weight, const array& scales,
-                       const array& biases, int group_size, int bits) {
-  require_float("x", x);
+void require_packed(int columns, const array& weight, const array& scales, const array& biases,
+                    int group_size, int bits) {
   require_float("scales", scales);
   if (weight.dtype() != mx::uint32) refuse("weight: found ", weight.dtype(), ", expected uint32");
   if (biases.dtype() != scales.dtype()) {
@@ -326,24 +144,27 @@ array quantized_matmul(const array& x, const array& weight, const array& scales,
   if (group_size != 32 && group_size != 64 && group_size != 128) {
     refuse("group_size: found ", group_size, ", expected 32, 64 or 128");
   }
-  if (x.ndim() < 1 || weight.ndim() != 2) {
-    refuse("x and weight: found ", x.ndim(), " and ", weight.ndim(), " dimensions, expected at ",
-           "least 1, and 2");
-  }
-  int columns = x.shape(-1), rows = weight.shape(0);
+  if (weight.ndim() != 2) refuse("weight: found ", weight.ndim(), " dimensions, expected 2");
   if (columns % group_size || columns > 4096 * group_size) {
     refuse("x: rows of ", columns, ", expected a multiple of ", group_size, ", at most 4096 times");
   }
   if (weight.shape(1) != columns * int64_t(bits) / 32) {
     refuse("weight: rows of ", weight.shape(1), " words, expected ", columns * int64_t(bits) / 32);
   }
-  mx::Shape groups{rows, columns / group_size};
+  mx::Shape groups{weight.shape(0), columns / group_size};
   if (scales.shape() != groups || biases.shape() != groups) {
-    refuse("scales and biases: expected ", rows, " rows of ", columns / group_size);
+    refuse("scales and biases: expected ", groups[0], " rows of ", groups[1]);
   }
+}
+
+array quantized_matmul(const array& x, const array& weight, const array& scales,
+                       const array& biases, int group_size, int bits) {
+  require_float("x", x);
+  if (x.ndim() < 1) refuse("x: found 0 dimensions, expected at least 1");
+  require_packed(x.shape(-1), weight, scales, biases, group_size, bits);
   mx::Shape shape = x.shape();
-  shape.back() = rows;
-  if (columns == 0) return mx::zeros(shape, x.dtype(), cpu());
+  shape.back() = weight.shape(0);
+  if (x.shape(-1) == 0) return mx::zeros(shape, x.dtype(), cpu());
   return array(shape, x.dtype(), std::make_shared<QuantizedProduct>(cpu(), group_size, bits),
                {x, weight, scales, biases});
 }
@@ -428,9 +249,9 @@ Storage require_stored(const char* name, const std::vector<array>& arrays, const
 
 }  // namespace
 
-array attention(const array& q, const std::vector<std::vector<array>>& keys,
-                const std::vector<std::vector<array>>& values, float scale,
-                const std::optional<array>& sight) {
+Cached take_cached(const array& q, const std::vector<std::vector<array>>& keys,
+                   const std::vector<std::vector<array>>& values, float scale,
+                   const std::optional<array>& sight, std::vector<array>& inputs) {
   require_float("q", q);
   if (q.ndim() != 4 || q.shape(3) > 512 || q.shape(3) == 0 || q.shape(1) == 0) {
     refuse("q: expected (batch, heads, rows, dim), with heads, dim up to 512");
@@ -438,7 +259,7 @@ array attention(const array& q, const std::vector<std::vector<array>>& keys,
   if (keys.empty() || keys.size() != values.size()) {
     refuse("keys and values: found ", keys.size(), " and ", values.size(), " parts, expected as many");
   }
-  std::vector<array> inputs{q};
+  inputs.push_back(q);
   Storage stored[2];
   int rows = 0;
   for (size_t part = 0; part < keys.size(); ++part) {
@@ -463,11 +284,17 @@ array attention(const array& q, const std::vector<std::vector<array>>& keys,
   } else if (q.shape(2) > rows) {
     refuse("q: expected no more rows than keys");
   }
+  return {scale, stored[0], stored[1], keys.size(), sight.has_value()};
+}
+
+array attention(const array& q, const std::vector<std::vector<array>>& keys,
+                const std::vector<std::vector<array>>& values, float scale,
+                const std::optional<array>& sight) {
+  std::vector<array> inputs;
+  Cached cached = take_cached(q, keys, values, scale, sight, inputs);
   // Written as the next product reads it, (batch, rows, heads, dim).
   mx::Shape shape{q.shape(0), q.shape(2), q.shape(1), q.shape(3)};
-  auto primitive =
-      std::make_shared<CacheAttention>(cpu(), scale, stored[0], stored[1], keys.size());
-  array out(shape, q.dtype(), primitive, inputs);
+  array out(shape, q.dtype(), std::make_shared<CacheAttention>(cpu(), cached), inputs);
   return mx::transpose(out, {0, 2, 1, 3}, cpu());
 }
 

@@ -24,4 +24,21 @@ mx::array attention(const mx::array& q, const std::vector<std::vector<mx::array>
                     const std::vector<std::vector<mx::array>>& values, float scale,
                     const std::optional<mx::array>& sight);
 
+
+// One token's way through a block in three operations: rows of float32, batches of one.
+// A matrix is one array, or words, scales and biases, with the size of its groups and its bits.
+using Arrays = std::vector<mx::array>;
+// The normed h (1, 1, dim) times wqkv, as heads (1, heads, 1, head_dim), the first n_turned rotated.
+mx::array turned_heads(const mx::array& h, const mx::array& norm, float eps, const Arrays& wqkv,
+                       int group_size, int bits, const mx::array& periods, int offset, int n_turned);
+// h plus wo times what attention of q (1, heads, 1, head_dim) gives.
+mx::array attended(const mx::array& h, const mx::array& q, const std::vector<Arrays>& keys,
+                   const std::vector<Arrays>& values, float scale,
+                   const std::optional<mx::array>& sight, const Arrays& wo, int group_size, int bits);
+// h plus w2 times the gated w13 times the normed h.
+mx::array feed_forward(const mx::array& h, const mx::array& norm, float eps, const Arrays& w13,
+                       const Arrays& w2, int group_size, int bits);
+// scores (V,) float32, minus infinity for what is not among the likeliest.
+mx::array keep_likeliest(const mx::array& scores, int top_k, double top_p, double min_p);
+
 }  // namespace mlk::graph

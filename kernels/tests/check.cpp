@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "operations.h"
+#include "sampling.h"
 
 using namespace mlk;
 
@@ -150,6 +151,46 @@ void check_product(Pool& pool, const Table& table) {
       double bound = ((std::sqrt(double(columns)) + 4) * size + stepped) * EPSILON;
       require(read(x_type, y, i * rows + r), expected, bound + rounding(x_type, expected), "product");
     }
+  }
+}
+
+void check_likeliest() {
+  for (int round = 0; round < 300; ++round) {
+    size_t n = between(0, 1) ? between(1, 40) : between(41, 9000);
+    std::vector<float> scores = normals(n), kept(n);
+    float spread = std::exp(3 * normal());
+    bool is_tied = between(0, 1);
+    for (float& s : scores) s = is_tied ? std::round(s * 2) : s * spread;
+    for (float& s : scores) if (!between(0, 9)) s = -INFINITY;
+    scores[between(0, int(n) - 1)] = 3;
+    Choice choice{size_t(between(0, 50)), between(0, 1) ? 1.0 : between(0, 99) / 100.0,
+                  between(0, 1) ? 0.0 : between(0, 100) / 100.0};
+    keep_likeliest(scores.data(), n, choice, kept.data());
+    auto falling = scores;
+    std::sort(falling.begin(), falling.end(), std::greater<>());
+    double largest = falling[0], least = -INFINITY;
+    if (choice.top_k > 0 && choice.top_k < n) least = falling[choice.top_k - 1];
+    auto likely = [&](float score) { return score >= least ? std::exp(score - largest) : 0.0; };
+    double total = 0, above = 0, from = falling[0];
+    for (float s : falling) total += likely(s);
+    double bounds[2];  // rounding may move a token over the edge
+    for (int side : {0, 1}) {
+      double most = choice.top_p * total * (side ? 1 + 1e-6 : 1 - 1e-6);
+      above = 0, from = falling[0];
+      for (size_t i = 0; i < n; ++i) {
+        if (i && falling[i] != falling[i - 1] && above > most) break;
+        if (falling[i] >= least) from = falling[i];
+        above += likely(falling[i]);
+      }
+      bounds[side] = choice.top_p < 1 ? from : least;
+      if (choice.min_p > 0) bounds[side] = std::max(bounds[side], largest + std::log(choice.min_p) + (side ? -1e-6 : 1e-6) * (1 + largest));
+    }
+    for (size_t i = 0; i < n; ++i) {
+      bool is_kept = kept[i] == scores[i] && std::isfinite(kept[i]);
+      if (scores[i] >= bounds[0] && std::isfinite(scores[i])) require(is_kept, 1, 0, "a likely token kept");
+      if (scores[i] < bounds[1] && scores[i] > largest - 80) require(is_kept, 0, 0, "an unlikely token dropped");
+    }
+    require(*std::max_element(kept.begin(), kept.end()), largest, 0, "the likeliest token");
   }
 }
 
@@ -352,6 +393,39 @@ void check_sharing(const Table& table) {
   }
 }
 
+// What lies between two products, at once: the same numbers as one after the other.
+void check_joined(Pool& pool, const Table& table) {
+  int bits = BITS[between(0, 6)], group = 32 << between(0, 1);
+  size_t dim = 64 * between(1, 5), hidden = 64 * between(1, 5);
+  Type type = any_type();
+  Numbers w13(bits, group, type, 2 * hidden, dim), w2(bits, group, type, dim, hidden);
+  std::vector<float> h = normals(dim), normed(dim), gates(2 * hidden), gated(hidden), y(dim), found(dim);
+  Values weight(type, normals(dim));
+  Rows row{h.data(), Type::f32, 1, dim};
+  Norm norm{weight.bytes.data(), type, 1e-5f};
+  rms_norm(pool, table, row, norm.weight, type, norm.eps, normed.data());
+  matrix_product(pool, table, w13.matrix, {normed.data(), Type::f32, 1, dim}, gates.data());
+  std::vector<float> at_once(2 * hidden);
+  normed_product(pool, table, row, norm, w13.matrix, at_once.data());
+  for (size_t i = 0; i < 2 * hidden; ++i) require(at_once[i], gates[i], 0, "norm and product at once");
+  swiglu(pool, table, {gates.data(), Type::f32, 1, 2 * hidden}, gated.data());
+  matrix_product(pool, table, w2.matrix, {gated.data(), Type::f32, 1, hidden}, y.data());
+  feed_forward(pool, table, row, norm, w13.matrix, w2.matrix, found.data());
+  for (size_t i = 0; i < dim; ++i) require(found[i], y[i] + h[i], 0, "feed-forward at once");
+
+  size_t heads = between(1, 4), head_dim = dim / 64 * 16, rows = between(1, 300);
+  Numbers wo(0, 0, type, dim, heads * head_dim);
+  Values q(Type::f32, normals(heads * head_dim));
+  Cached keys(type, 0, 1, heads, rows, head_dim, 0, true), values(type, 0, 1, heads, rows, head_dim, 0, false);
+  std::vector<float> out(heads * head_dim);
+  Attention a{heads_of(q, 1, heads, 1, head_dim, false), &keys.stored, &values.stored, 1, rows, nullptr,
+              0.1f, out.data()};
+  attention(pool, table, a);
+  matrix_product(pool, table, wo.matrix, {out.data(), Type::f32, 1, heads * head_dim}, y.data());
+  attended_product(pool, table, a, wo.matrix, h.data(), found.data());
+  for (size_t i = 0; i < dim; ++i) require(found[i], y[i] + h[i], 0, "attention at once");
+}
+
 // What is not finite stays in its row of activations, and shows there.
 void check_not_finite(Pool& pool, const Table& table, float bad) {
   for (size_t m : {3, 20}) {
@@ -426,6 +500,7 @@ void check_registers(const Table& table) {
 int main(int argc, char** argv) {
   int rounds = argc > 1 ? std::atoi(argv[1]) : 40;
   check_pool();
+  check_likeliest();
   for (const char* name :
        {"baseline", "neon", "avx2", "avxvnni", "avx512", "vnni", "vbmi", "amx"}) {
     if (!choose(name)) {
@@ -439,6 +514,7 @@ int main(int argc, char** argv) {
         check_rows(pool, chosen());
         check_rotation(pool, chosen());
         check_attention(pool, chosen());
+        check_joined(pool, chosen());
       }
       for (float bad : {std::nanf(""), HUGE_VALF, -HUGE_VALF}) check_not_finite(pool, chosen(), bad);
     }

@@ -1,0 +1,19 @@
+// Which tokens may be drawn, found without sorting their scores. Knows nothing of MLX.
+#pragma once
+
+#include <cstddef>
+
+namespace mlk {
+
+// top_k 0, top_p 1 and min_p 0 leave all.
+struct Choice {
+  size_t top_k;  // the likeliest so many, and those as likely as the last of them
+  double top_p;  // of those, the ones with at most so much of their probability above them
+  double min_p;  // of those, the ones at least so likely as the likeliest times this
+};
+
+// kept: the scores that are chosen, minus infinity for the others. The likeliest always stays; where
+// one is not a number, or the largest not finite, all do.
+void keep_likeliest(const float* scores, size_t n, const Choice& choice, float* kept);
+
+}  // namespace mlk
