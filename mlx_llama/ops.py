@@ -228,6 +228,11 @@ def swiglu(x: mx.array) -> mx.array:
 # what MLX costs for each operation is then a good part of a small model's step.
 
 
+def held(arrays: list[mx.array], form: QuantFormat | None) -> Held | None:
+    """Return a matrix of these arrays as the native kernels take it; None where they do not."""
+    return native.held(arrays, form)
+
+
 def row_kernels(h: mx.array) -> Any | None:
     """Return the native kernels where they take h (B, L, dim) through a block: one token's row."""
     ours = kernels()
