@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from mlx_llama.errors import OptionError
+from mlx_llama_apps.flags import read_value
 
 if TYPE_CHECKING:
     from mlx_llama_apps.bench.cases import Case
@@ -39,6 +40,7 @@ class CaseFlags:
             help="tokens that the context holds before each test; several are several tests "
             "(default: 0 4096, as far as the model goes)",
             consume_multiple=1,
+            converter=read_value,  # a list's is not inherited in a class of flags
         ),
     ] = None
     repetitions: Annotated[
