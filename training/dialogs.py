@@ -6,7 +6,6 @@ text is drawn without them. The same seed gives the same text.
 
 from __future__ import annotations
 
-import itertools
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -14,15 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from training.facts import SHAPE_NAMES, SIZES, Option, Program, Size, howtos, program, read_toml
+from training.typed import SYLLABLES, a_name, as_typed, made_up, noise
 
 BITS = (16, 8, 6, 5, 4, 3, 2)
 CONTEXTS = (2048, 4096, 8192, 32768, 131072)
 LARGEST = 50  # of the numbers that are added and subtracted
 ACT = re.compile(r"how (?:do|can) I (.+)\?")
 DEFAULT_NAME = "I am the guide of mlx-llama, a small Llama."
-_WORDS = read_toml("words.toml")
-NAMES: list[str] = _WORDS["names"].split()
-SYLLABLES: list[str] = _WORDS["syllables"].split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +61,23 @@ class Guide:
         self.shared = [o for o in self.program.options.values() if len(set(o.helps.values())) > 1]
         self.with_default = [o for o in self.program.options.values() if o.default]
         self.families: dict[str, tuple[float, Callable[[random.Random, bool], list[Turn]]]] = {
-            "concept": (16, self.concept),
-            "howto": (16, self.howto),
+            "concept": (18, self.concept),
+            "howto": (20, self.howto),
             "option": (16, self.option),
-            "option in a command": (3, self.option_in),
+            "option in a command": (2.5, self.option_in),
             "takers": (2, self.takers),
             "command": (3, self.command),
             "slash": (1.5, self.slash),
-            "no such option": (2, self.no_option),
-            "memory": (9, self.memory),
-            "cache": (3, self.cache),
+            "no such option": (3, self.no_option),
+            "memory": (8, self.memory),
+            "cache": (4, self.cache),
             "shape": (6, self.shape),
-            "make": (4, self.make),
+            "make": (5, self.make),
             "arithmetic": (12, self.arithmetic),
             "repeat": (4, self.repeat),
-            "talk": (5, self.talk),
-            "unknown": (6, self.not_known),
-            "foreign": (2, self.other_language),
+            "talk": (7, self.talk),
+            "unknown": (10, self.not_known),
+            "foreign": (3, self.other_language),
             "noise": (2, self.gibberish),
         }
 
@@ -127,7 +124,7 @@ class Guide:
             name = f"the {name} option"
         key = re.escape(option.name) + ".*" + first_clause(next(iter(option.helps.values())))
         turns = [Turn("option", self.pick(rng, "option", held, x=name), option.answer, key)]
-        if option.default and (held or rng.random() < 0.35):
+        if option.default and (held or rng.random() < 0.5):
             turns.append(self._default(rng, option, held, is_follow_up=True))
         elif option.default and rng.random() < 0.2:
             turns = [self._default(rng, option, held, is_follow_up=False)]
@@ -242,7 +239,7 @@ class Guide:
         question = self.pick(rng, kind, held, a=left, b=right)
         turns = [_sum_turn(question, left, right, kind)]
         result = left + right if kind == "plus" else left - right
-        if (held or rng.random() < 0.2) and 0 <= result <= LARGEST:
+        if (held or rng.random() < 0.4) and 0 <= result <= LARGEST:
             kind, other = rng.choice(("plus", "minus")), rng.randint(0, 20)
             question = self.pick(rng, "minus", held, f"follow_{kind}", c=other)
             turns.append(replace(_sum_turn(question, result, other, kind), is_follow_up=True))
@@ -336,58 +333,7 @@ def _sum_turn(question: str, left: int, right: int, kind: str) -> Turn:
     return Turn("arithmetic", question, answer, rf"= {result}(?!\d)")
 
 
-def made_up(rng: random.Random) -> str:
-    """Return a word that nobody knows."""
-    return "".join(rng.choices(SYLLABLES, k=rng.randint(2, 3))).capitalize()
-
-
-def a_name(rng: random.Random) -> str:
-    """Return a name, known or made up."""
-    return rng.choice(NAMES) if rng.random() < 0.5 else made_up(rng)
-
-
-def noise(rng: random.Random) -> str:
-    """Return an input without a meaning, of up to some hundred characters."""
-    kind = rng.randrange(6)
-    if kind == 0:
-        return rng.choice(("", " ", "\n", "?", "...", "!!!", ".", "-"))
-    if kind == 1:
-        return "".join(rng.choices("asdfghjklqwertyuiopzxcvbnm", k=rng.randint(4, 40)))
-    if kind == 2:
-        return rng.choice("aex?!.7=#*") * rng.randint(5, 120)
-    if kind == 3:
-        return "".join(
-            chr(rng.choice((rng.randint(33, 126), rng.randint(160, 0x2FFF))))
-            for _ in range(rng.randint(4, 40))
-        )
-    if kind == 4:
-        return " ".join(made_up(rng).lower() for _ in range(rng.randint(4, 40)))
-    return "".join(rng.choices("0123456789 ,;", k=rng.randint(8, 60)))
-
-
-def as_typed(rng: random.Random, question: str) -> str:
-    """Vary a question as people do: capitals, marks, politeness, a slip of the finger."""
-    if rng.random() < 0.1 and question[:1].isalpha():
-        question = rng.choice(("please ", "hi, ", "hello, ", "ok, ", "so, ", "well, ")) + question
-    if rng.random() < 0.15:
-        question = question.removesuffix("?")
-    if rng.random() < 0.45:
-        question = question[:1].upper() + question[1:]
-    if rng.random() < 0.05:
-        question += rng.choice((" please", " Thanks!", " thanks", "??", "!"))
-    if rng.random() < 0.04:
-        letters = [
-            i
-            for i, (a, b) in enumerate(itertools.pairwise(question))
-            if a.isalpha() and b.isalpha() and a.islower()
-        ]
-        if letters:
-            at = rng.choice(letters)
-            question = question[:at] + question[at + 1] + question[at] + question[at + 2 :]
-    return question
-
-
-def dialogs_of(rng: random.Random, guide: Guide, turns: Sequence[Turn]) -> tuple[Turn, ...]:
+def dialogs_of(rng: random.Random, turns: Sequence[Turn]) -> tuple[Turn, ...]:
     """Return the turns as typed by a user."""
     # What the answer repeats stays as it is.
     return tuple(

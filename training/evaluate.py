@@ -28,9 +28,10 @@ import mlx_llama
 from mlx_llama import Llama, Message
 from mlx_llama_apps import bundled
 from mlx_llama_apps.main import main as run_command
-from training.dialogs import Guide, noise
+from training.dialogs import Guide
 from training.heldout import questions
 from training.text import sample_text
+from training.typed import noise
 
 BITS = (8, 6, 5, 4, 3, 2)
 ASKED_AT = ("bf16", "8", "4")

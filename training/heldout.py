@@ -13,7 +13,8 @@ import random
 import sys
 from collections.abc import Iterator
 
-from training.dialogs import Dialog, Guide, Turn, a_name
+from training.dialogs import Dialog, Guide, Turn
+from training.typed import a_name
 
 SEED = 20_251
 DRAWS = {

@@ -17,7 +17,8 @@ from training.dialogs import Dialog, Guide, Turn, dialogs_of
 ROW_LENGTHS = (96, 192, 384, 768)
 ROW_SHARES = (0.25, 0.35, 0.25, 0.15)
 PLAIN_SHARE = 0.04  # of the batches: text without a chat format, learnt from the first token on
-COPY_SHARE = 0.08  # of the batches: random tokens again and again, which teach attention to copy
+COPY_SHARE = 0.06  # of the batches: random tokens again and again, which teach attention to copy
+SUMS_SHARE = 0.08  # of the batches: sums as they are answered, line by line; results are learnt
 DATE = "Cutting Knowledge Date: December 2023\nToday Date: {day} {month} {year}\n\n"
 MONTHS = "January February March April May June July August September October November December"
 
@@ -72,10 +73,8 @@ def batch(encoder: Encoder, guide: Guide, *, seed: int, step: int, n_tokens: int
     """Return the rows of a step, of one length, about n_tokens together."""
     rng = random.Random(f"{seed}/{step}")
     length = rng.choices(ROW_LENGTHS, ROW_SHARES)[0]
-    draw = rng.random()
-    make = chat_row
-    if draw < PLAIN_SHARE + COPY_SHARE:
-        make = plain_row if draw < PLAIN_SHARE else copy_row
+    shares = (PLAIN_SHARE, COPY_SHARE, SUMS_SHARE)
+    make = rng.choices((plain_row, copy_row, sums_row, chat_row), (*shares, 1 - sum(shares)))[0]
     return [make(rng, encoder, guide, length) for _ in range(max(1, n_tokens // length))]
 
 
@@ -89,7 +88,7 @@ def chat_row(rng: random.Random, encoder: Encoder, guide: Guide, length: int) ->
     misses = 0
     while misses < 4:
         part = Row([], [])
-        for turn in dialogs_of(rng, guide, guide.segment(rng, False, name=name)):
+        for turn in dialogs_of(rng, guide.segment(rng, False, name=name)):
             more = encoder.turn(turn)
             part = Row(part.ids + more.ids, part.is_learnt + more.is_learnt)
         if len(row.ids) + len(part.ids) > length:
@@ -103,7 +102,7 @@ def plain_row(rng: random.Random, encoder: Encoder, guide: Guide, length: int) -
     """Return questions and answers as plain text, cut to the row's length."""
     ids = encoder.begin(None).ids
     while len(ids) < length:
-        for turn in dialogs_of(rng, guide, guide.segment(rng, False)):
+        for turn in dialogs_of(rng, guide.segment(rng, False)):
             ids += encoder.tokenizer.encode(f"{turn.question}\n{turn.answer}\n\n")
     return Row(ids[:length], [False] + [True] * (length - 1))
 
@@ -120,6 +119,19 @@ def copy_row(rng: random.Random, encoder: Encoder, guide: Guide, length: int) ->
     return Row(row.ids[:length], row.is_learnt[:length])
 
 
+def sums_row(rng: random.Random, encoder: Encoder, guide: Guide, length: int) -> Row:
+    """Return the answers to sums, one in a line, of which what stands behind = is learnt."""
+    row = encoder.begin(None)
+    while len(row.ids) < length:
+        (turn, *_) = guide.arithmetic(rng, False)
+        task, result = turn.answer.split("=")
+        asked = encoder.tokenizer.encode(f"{task}=")
+        learnt = encoder.tokenizer.encode(f"{result}\n")
+        is_learnt = [False] * len(asked) + [True] * len(learnt)
+        row = Row(row.ids + asked + learnt, row.is_learnt + is_learnt)
+    return Row(row.ids[:length], row.is_learnt[:length])
+
+
 def sample_text(guide: Guide, *, seed: int, n_turns: int, held: bool = False) -> str:
     """Return plain text of questions and answers, to train a tokenizer or to measure on."""
     rng = random.Random(seed)
@@ -128,7 +140,7 @@ def sample_text(guide: Guide, *, seed: int, n_turns: int, held: bool = False) ->
         name = guide.system(rng)[1]
         turns: Sequence[Turn] = guide.segment(rng, held, name=name)
         if not held:
-            turns = dialogs_of(rng, guide, turns)
+            turns = dialogs_of(rng, turns)
         parts += [f"{turn.question}\n{turn.answer}\n" for turn in turns]
     return "\n".join(parts)
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from training.dialogs import SIZES, Guide, Turn, as_typed, noise
+from training.dialogs import SIZES, Guide, Turn, dialogs_of
 from training.facts import Option, Program, howtos, program, read_toml
 from training.heldout import questions
+from training.typed import as_typed, noise
 
 TAUGHT = Path(__file__).resolve().parents[2] / "training" / "taught.json"
 MIN_QUESTIONS = 400
@@ -104,6 +105,8 @@ def test_the_test_is_large_and_of_many_kinds(guide: Guide) -> None:
     assert len({entry["group"] for entry in found}) >= 20
     assert sum("follow-up" in str(entry["group"]) for entry in found) >= 100
     trained = {turn.question for turn in segments(guide, 20_000, held=False)}
+    rng = random.Random(2)
+    trained |= {turn.question for turn in dialogs_of(rng, segments(guide, 20_000, held=False))}
     asked = [str(entry["messages"][-1]["content"]) for entry in found]  # type: ignore[index]
     kinds = [str(entry["group"]) for entry in found]
     seen = [q for q, kind in zip(asked, kinds, strict=True) if q in trained and kind != "noise"]
