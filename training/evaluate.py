@@ -3,8 +3,8 @@
     python -m training.evaluate FOLDER --work /tmp/measured
 
 converts the checkpoint (Meta's files, or the bundled one when no folder is given) to bfloat16 and
-to 8, 6, 5, 4, 3 and 2 bits, asks the held-out questions, compares each with bfloat16 by
-`mlx-llama compare`, feeds it inputs without sense, and prints the tables of the model card.
+to 8, 6, 5, 4, 3 and 2 bits, asks the held-out questions and those of asked.toml, compares each with
+bfloat16 by `mlx-llama compare`, feeds it inputs without sense, and prints the card's tables.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mlx_llama import Llama, Message
 from mlx_llama_apps import bundled
 from mlx_llama_apps.main import main as run_command
 from training.dialogs import Guide
-from training.heldout import questions
+from training.heldout import as_asked, questions
 from training.text import sample_text
 from training.typed import noise
 
@@ -60,9 +60,10 @@ def main() -> None:
     models = {name: convert(folder, name, options.work) for name in ("bf16", *map(str, BITS))}
     guide = Guide()
     asked = questions(guide)
-    print(f"{len(asked)} held-out questions")
-    for name in options.at:
-        print_accuracy(name, accuracy(models[name], asked))
+    for wording, those in (("held-out", asked), ("as others ask", questions(as_asked(Guide())))):
+        print(f"{len(those)} questions, {wording}")
+        for name in options.at:
+            print_accuracy(name, accuracy(models[name], those))
     if not options.no_compare:
         text = options.work / "heldout.txt"
         text.write_text(sample_text(guide, seed=7, n_turns=TEXT_TURNS, held=True), encoding="utf-8")

@@ -1,9 +1,10 @@
 """The test: questions whose templates are never in the training text, with a check for the fact.
 
-    python -m training.heldout > training/heldout.jsonl
+    python -m training.heldout > heldout.jsonl
 
 writes one JSON object a line: messages up to the question, the pattern that a right answer
-matches, and its group. The single ones are also what `mlx-llama compare --questions` reads.
+matches, the answer of the training text, and its group. `as_asked` gives a second test, in the
+words of somebody who had not seen the training text.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Iterator
 
 from training.dialogs import Dialog, Guide, Turn
+from training.facts import read_toml
 from training.typed import a_name
 
 SEED = 20_251
@@ -80,6 +82,18 @@ def questions(guide: Guide) -> list[dict[str, object]]:
                 seen.add(line)
             messages.append({"role": "assistant", "content": turn.answer})
     return found
+
+
+def as_asked(guide: Guide) -> Guide:
+    """Put the wording of asked.toml in the place of the held-out one; return the guide."""
+    asked = read_toml("asked.toml")
+    for entries, wordings in ((guide.howtos, asked.pop("howto")), (guide.talks, asked.pop("talk"))):
+        for entry, wording in zip(entries, wordings, strict=True):
+            entry["held_out"] = wording
+    tables = guide.frames | {"unknown": guide.unknown, "foreign": guide.foreign}
+    for group, wording in asked.items():
+        tables[group].update(wording)
+    return guide
 
 
 def main() -> None:

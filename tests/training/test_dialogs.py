@@ -13,7 +13,7 @@ import pytest
 
 from training.dialogs import SIZES, Guide, Turn, dialogs_of
 from training.facts import Option, Program, howtos, program, read_toml
-from training.heldout import questions
+from training.heldout import as_asked, questions
 from training.typed import as_typed, noise
 
 TAUGHT = Path(__file__).resolve().parents[2] / "training" / "taught.json"
@@ -111,6 +111,17 @@ def test_the_test_is_large_and_of_many_kinds(guide: Guide) -> None:
     kinds = [str(entry["group"]) for entry in found]
     seen = [q for q, kind in zip(asked, kinds, strict=True) if q in trained and kind != "noise"]
     assert seen == []
+
+
+def test_the_second_test_asks_the_same_in_other_words(guide: Guide) -> None:
+    first, second = questions(guide), questions(as_asked(Guide()))
+    assert len(second) >= MIN_QUESTIONS
+    assert {entry["group"] for entry in second} == {entry["group"] for entry in first}
+    assert {str(entry["answer"]) for entry in second} >= {entry["say"] for entry in guide.howtos}
+    wordings = [{str(entry["messages"]) for entry in test} for test in (first, second)]
+    assert len(wordings[0] & wordings[1]) < len(second) / 20
+    for entry in second:
+        assert re.search(str(entry["pattern"]), str(entry["answer"])), entry
 
 
 def test_memory_is_that_of_the_published_shapes() -> None:
