@@ -76,7 +76,9 @@ def test_job_in_the_background_answers_and_waits_there(home: Path, chat_model: P
     terminal.send("stty -a; echo $((40 + 2)) at the shell\r")
     terminal.expect("42 at the shell")
     assert {"icanon", "echo", "-noflsh"} <= set(terminal.flat.rpartition("stty -a")[2].split())
+    assert "reserved_special" not in terminal.flat.rpartition("shell: bg")[2]  # not drawn there
     terminal.send("fg\r")
+    terminal.expect("reserved_special")
     terminal.expect("ended after max_tokens")
     terminal.prompt()
     terminal.enter("/stats")
@@ -104,4 +106,6 @@ def test_ctrl_z_without_a_shell_stops_nothing(home: Path, chat_model: Path, star
     terminal.prompt()
     terminal.send("\x1a")
     terminal.enter("/stats")
+    terminal.expect("begin the history")
+    terminal.prompt()
     assert terminal.leave() == 0
