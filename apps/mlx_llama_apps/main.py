@@ -90,9 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_CTRL_C
     except BrokenPipeError:
-        # Who read us has gone (`| head`); Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _end_unread()
+    except SystemExit as error:  # what rich makes of it
+        if isinstance(error.__context__, BrokenPipeError):
+            return _end_unread()
+        raise
     except OSError as error:
         return _fail(f"{error.filename or 'output'}: {error.strerror}", EXIT_ERROR, is_debugged)
     except Exception as error:
@@ -116,6 +118,12 @@ def run_main() -> None:
     # Not sys.exit: CPython kills daemon threads when it is torn down, and one that is inside MLX
     # then aborts the whole process.
     os._exit(code)
+
+
+def _end_unread() -> int:
+    """End well where who read us has gone (`| head`): Python would complain when it flushes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _fail(line: str, code: int, is_debugged: bool) -> int:

@@ -156,6 +156,38 @@ def test_a_closed_stream_is_one_line(
     assert text in line
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["show", "BASE"],
+        ["bench", "BASE", "--prompt", "4", "--generate", "0", "--repetitions", "1"],
+        ["compare", "BASE", "BASE", "--text", "TEXT", "--context", "32", "--no-costs"],
+    ],
+)
+def test_a_reader_that_has_gone_is_no_error(
+    base_model: Path, tmp_path: Path, home: Path, arguments: list[str]
+) -> None:
+    text = tmp_path / "text"
+    text.write_text("the thing in hello world end " * 40)
+    places = {"BASE": base_model, "TEXT": text}
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            command(*(places.get(a, a) for a in arguments)),
+            env=environment(home),
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, "Error" in done.stderr) == (0, False)
+
+
 @pytest.mark.parametrize("home", ["~nosuch/x", "/tmp/\udcff"])
 def test_a_home_that_cannot_be_is_one_line(
     home: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

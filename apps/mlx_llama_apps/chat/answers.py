@@ -86,14 +86,19 @@ class Answers:
 
     def edit(self) -> None:
         """Offer the last question to be changed; sent, it takes the old one's place."""
+        asked = self._last_question()
+        self._offer = Offer(as_typed(asked), (asked,), is_edit=True)
+
+    def _last_question(self) -> str:
         messages = self._parts.inference.call(lambda talk: talk.session.messages)
         asked = [message.content for message in messages if message.role == "user"]
         if not asked:
             raise OptionError("nothing was asked yet")
-        self._offer = Offer(as_typed(asked[-1]), (asked[-1],), is_edit=True)
+        return asked[-1]
 
     def retry(self) -> None:
         """Answer the last question anew, with another seed."""
+        self._last_question()
         if self._parts.settings.value("temperature") == 0:
             self._parts.view.say(
                 "temperature is 0, so another seed changes nothing; /set temperature does"

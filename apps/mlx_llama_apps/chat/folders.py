@@ -40,6 +40,8 @@ def find_chat(folder: Path, name: str) -> SavedChat:
         if chat is None:
             raise ChatError(f"no chat is saved in {folder}")
         return chat
+    if not name:
+        raise ChatError("the ID of a chat, or its beginning, is missing; /chats lists them")
     exact = folder / f"{name}.jsonl"
     if Path(name).name == name and exact.is_file():
         return read_chat(exact)

@@ -102,7 +102,11 @@ class Setting:
     def written(self) -> str:
         """How it was written where it came from."""
         name = self.key.name
-        words = {"flag": f"--{name.replace('_', '-')}", "/set": f"/set {name}"}
+        words = {
+            "flag": f"--{name.replace('_', '-')}",
+            "/set": f"/set {name}",
+            "chat": f"{name} of the chat",
+        }
         return words.get(self.source, f"{name} of {self.source}")
 
 
@@ -199,7 +203,18 @@ class Settings:
         }
 
     def check(self) -> None:
-        """Raise OptionError for a value that cannot be."""
+        """Raise OptionError for a value that cannot be, by the name that it has where it is."""
+        try:
+            self._check()
+        except OptionError as error:
+            raise OptionError(_FLAG.sub(self._where_it_is, str(error))) from error
+
+    def _where_it_is(self, match: re.Match[str]) -> str:
+        name = match[1].replace("-", "_")
+        is_of_chat = name in KEYS and self.find(name).source == "chat"
+        return self.find(name).written if is_of_chat else match[0]
+
+    def _check(self) -> None:
         on_full = self.value("on_full")
         if on_full == "ask" and not self.asks_when_full:
             raise OptionError(
@@ -294,7 +309,7 @@ def _texts(text: str) -> list[str]:
     if text.startswith(("[", '"')):
         try:
             found = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise OptionError(f"--stop: {text!r:.40} is no JSON: {error}") from error
         return found if isinstance(found, list) else [found]
     return [text]

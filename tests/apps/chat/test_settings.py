@@ -83,6 +83,7 @@ REFUSED = [
     ("on_full", "burst", "expected one of ask, stop, slide"),
     ("temprature", "1", "did you mean temperature"),
     ("stop", '["a"', "no JSON"),
+    ("stop", "[" * 100_000, "no JSON"),
     ("kv_start", "10", "--kv-start: does nothing"),
 ]
 
@@ -136,6 +137,15 @@ def test_file_for_all_models_and_places_is_passed_over_where_it_cannot_be(tmp_pa
     piped.unfit = frozenset({"system"})
     assert piped.find("system").source == "default"
     assert Settings(config=file).value("system") == "be brief"
+
+
+def test_a_wrong_value_of_a_saved_chat_is_no_flags() -> None:
+    with pytest.raises(OptionError, match=r"^temperature of the chat: found 'hot'"):
+        Settings(of_chat={"temperature": "hot"})
+    with pytest.raises(OptionError, match=r"^--temperature: found -1"):
+        Settings(of_chat={"temperature": "hot"}, flags={"temperature": -1.0})
+    with pytest.raises(OptionError, match=r"^system of the chat: found 3"):
+        Settings(of_chat={"system": 3})
 
 
 def test_errors_speak_of_keys_where_keys_were_set() -> None:

@@ -157,7 +157,8 @@ def test_chats_are_found_by_their_beginning(tmp_path: Path) -> None:
         file.path.rename(tmp_path / f"{name}.jsonl")
     assert find_chat(tmp_path, "202602").id == "20260202-101010"
     assert find_chat(tmp_path, "20260101-101010").id == "20260101-101010"
-    for name, problem in (("20260101", "2 chats begin so"), ("x", "no chat"), ("../x", "no chat")):
+    wrong = {"20260101": "2 chats begin so", "x": "no chat", "../x": "no chat", "": "is missing"}
+    for name, problem in wrong.items():
         with pytest.raises(ChatError, match=problem):
             find_chat(tmp_path, name)
     os.utime(tmp_path / "20260101-101010.jsonl", (2e9, 2e9))

@@ -13,6 +13,14 @@ from pathlib import Path
 from terminal import CODE, Start, Terminal, messages, new_tokens, records, saved
 
 
+def test_retry_with_nothing_asked_says_that_alone(chat_model: Path, start: Start) -> None:
+    terminal = start(chat_model, "--temperature", 0)
+    terminal.expect("llama3.1-instruct")
+    terminal.enter("/retry")
+    terminal.expect("nothing was asked yet")
+    assert "another seed" not in terminal.raw
+
+
 def test_conversation_is_saved_and_resumed_with_its_cache(
     home: Path, chat_model: Path, start: Start
 ) -> None:
