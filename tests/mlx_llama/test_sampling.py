@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,11 +16,19 @@ from hypothesis import strategies as st
 
 from mlx_llama.errors import OptionError
 from mlx_llama.options import GenerationOptions
-from mlx_llama.sampling import Sampler, SamplingDefaults, bias_by_token, keep_likeliest
+from mlx_llama.sampling import (
+    Sampler,
+    SamplingDefaults,
+    _by_arrays,
+    bias_by_token,
+    keep_likeliest,
+)
 from mlx_llama.tokenizer import open_tokenizer
 from tiny_tokenizers import write_spm, write_tiktoken
 
 VOCAB = 12
+# The native kernels' choice, where they are installed, and that of MLX's operations.
+choosers = st.sampled_from([keep_likeliest, _by_arrays])
 
 
 def sampler(
@@ -58,6 +67,7 @@ def kept_by_oracle(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -
 
 @settings(max_examples=60, deadline=None)
 @given(
+    choose=choosers,
     logits=st.permutations(range(VOCAB)),
     scale=st.floats(0.05, 1.5),
     top_k=st.integers(0, VOCAB + 2),
@@ -65,10 +75,15 @@ def kept_by_oracle(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -
     min_p=st.sampled_from([0.0, 0.03, 0.31, 1.0]),
 )
 def test_filters_keep_what_the_oracle_keeps(
-    logits: list[int], scale: float, top_k: int, top_p: float, min_p: float
+    choose: Callable[..., mx.array],
+    logits: list[int],
+    scale: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
 ) -> None:
     values = np.array(logits, dtype=np.float32) * np.float32(scale)
-    kept = keep_likeliest(mx.array(values), top_k=top_k, top_p=top_p, min_p=min_p)
+    kept = choose(mx.array(values), top_k=top_k, top_p=top_p, min_p=min_p)
     found = set(np.flatnonzero(np.isfinite(np.array(kept))).tolist())
     assert found == kept_by_oracle(values, top_k, top_p, min_p)
     assert int(np.argmax(values)) in found
@@ -102,6 +117,7 @@ SHAPES = {
 
 @settings(max_examples=150, deadline=None)
 @given(
+    choose=choosers,
     shape=st.sampled_from(sorted(SHAPES)),
     size=st.sampled_from([1, 2, 33, 1000, 4096, 4097, 32000, 128256]),
     top_p=st.one_of(st.sampled_from([0.0, 0.25, 0.5, 0.9, 0.95, 0.999999]), st.floats(0, 0.9999)),
@@ -109,12 +125,12 @@ SHAPES = {
     seed=st.integers(0, 1 << 30),
 )
 def test_top_p_keeps_what_sorting_keeps(
-    shape: str, size: int, top_p: float, banned: float, seed: int
+    choose: Callable[..., mx.array], shape: str, size: int, top_p: float, banned: float, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     logits = SHAPES[shape](rng, size).astype(np.float32)
     logits[(rng.random(size) < banned) & (np.arange(size) != rng.integers(size))] = -np.inf
-    kept = np.array(keep_likeliest(mx.array(logits), top_k=0, top_p=top_p, min_p=0.0))
+    kept = np.array(choose(mx.array(logits), top_k=0, top_p=top_p, min_p=0.0))
     is_kept, (p, above) = np.isfinite(kept), masses_above(logits)
     np.testing.assert_array_equal(kept[is_kept], logits[is_kept])
     # A sum within what rounding to whole masses adds up to may fall on either side of top_p, and
