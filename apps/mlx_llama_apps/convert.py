@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, process_time
@@ -15,7 +15,7 @@ from mlx_llama.errors import OptionError
 from mlx_llama.options import ConvertOptions
 from mlx_llama_apps import bundled, paths
 from mlx_llama_apps.flags import AS_USUAL, ConvertFlags, MakingFlags, given
-from mlx_llama_apps.progress import OnBytes, Stages, byte_bar, remark
+from mlx_llama_apps.progress import Stages, byte_bar, remark
 from mlx_llama_apps.pull import fetch, listing_lines
 from mlx_llama_apps.terminal import size
 
@@ -74,16 +74,7 @@ class Care:
     certificate: Request
     calibration: CalibrationRequest | None
     survey: SurveyRequest | None
-    stages: Stages | None
-
-    @contextmanager
-    def packing(self) -> Iterator[OnBytes | None]:
-        """Yield a callback(done, total, name) for the weights' bytes."""
-        if self.stages is None:
-            yield None
-            return
-        show = self.stages.of("packing")
-        yield lambda done, total, name: show(done, total)
+    stages: Stages
 
     @property
     def work(self) -> list[str]:
@@ -109,28 +100,23 @@ def build(
     """Show the plan and carry it out; the directory's path, if it says it, goes to stdout."""
     from mlx_llama_convert import make_plan
     from mlx_llama_convert.budget import open_budget, survey
+    from mlx_llama_convert.output import check_target
 
-    dry_run, quiet = making.dry_run, making.quiet
-    if options.target_bpw is None:
-        plan = make_plan(source, options)
-        _announce(plan, target, dry_run=dry_run, quiet=quiet, care=care)
-    else:
-        budget = open_budget(source, options)
-        _announce(budget.open_plan, target, dry_run=dry_run, quiet=quiet, care=care)
-        if dry_run:
-            return
+    quiet = making.quiet
+    budget = None if options.target_bpw is None else open_budget(source, options)
+    plan = make_plan(source, options) if budget is None else budget.open_plan
+    _announce(plan, target, dry_run=making.dry_run, quiet=quiet, care=care)
+    if making.dry_run:
+        check_target(target, force=making.force)  # the plan of what would be refused says so
+        return
+    if budget is not None:
         assert care is not None, "only quantize has a budget"
         assert care.survey is not None, "a budget is spent by measuring"
         plan = survey(budget, care.survey)
-        if not quiet:
-            if care.stages is not None:
-                care.stages.hide()
-            for line in chosen_lines(plan):
-                remark(line)
-    if not dry_run:
-        _carry_out(plan, target, force=making.force, verify=verify, quiet=quiet, care=care)
-        if says_path:
-            print(target)
+        care.stages.tell(*chosen_lines(plan))
+    _carry_out(plan, target, force=making.force, verify=verify, quiet=quiet, care=care)
+    if says_path:
+        print(target)
 
 
 def _announce(
@@ -215,8 +201,11 @@ def _carry_out(
     from mlx_llama_convert import convert_checkpoint
 
     started, started_cpu = monotonic(), process_time()
-    bar = byte_bar("converting", is_quiet=quiet) if care is None else care.packing()
-    with bar as on_progress:
+    with (
+        byte_bar("converting", is_quiet=quiet)
+        if care is None
+        else nullcontext(care.stages.of("packing"))
+    ) as on_progress:
         convert_checkpoint(
             plan,
             target,
@@ -230,9 +219,7 @@ def _carry_out(
             on_note=None if quiet else remark,
         )
     if care is not None:
-        if care.stages is not None:
-            care.stages.hide()
-            remark(care.stages.summary())
+        care.stages.tell(care.stages.summary())
     elif not quiet:
         elapsed = max(monotonic() - started, 1e-9)
         rates = [size(int(count / elapsed)) for count in (plan.source_bytes, plan.output_bytes)]

@@ -110,19 +110,21 @@ class Stages:
 
     On a terminal that is a line of status, elsewhere a line when a stage begins and one now and
     then. Time between two reports belongs to the later one, which says what has been done.
+    is_quiet: nothing is said.
     """
 
-    def __init__(self, status: StatusLine) -> None:
+    def __init__(self, status: StatusLine, *, is_quiet: bool = False) -> None:
         self._status, self._shows_lines = status, not sys.stderr.isatty()
+        self._is_quiet = is_quiet
         self._started = self._last = monotonic()
         self._line_due = 0.0
         self.seconds: dict[str, float] = {}
 
-    def of(self, what: str) -> Callable[[int, int], None]:
-        """Return a callback(done, total) for one stage."""
+    def of(self, what: str) -> Callable[..., None]:
+        """Return a callback(done, total) for one stage; what else it is given does not count."""
         show = shown(self._say, what)
 
-        def report(done: int, total: int) -> None:
+        def report(done: int, total: int, *_: object) -> None:
             now = monotonic()
             if what not in self.seconds:
                 self._line_due = now
@@ -137,11 +139,14 @@ class Stages:
         stages = ", ".join(f"{what} {taken:.1f} s" for what, taken in self.seconds.items())
         return f"done in {monotonic() - self._started:.1f} s" + (f": {stages}" if stages else "")
 
-    def hide(self) -> None:
-        """Clear the line of status until a stage goes on."""
-        self._status.hide()
+    def tell(self, *lines: str) -> None:
+        """Print lines that stay."""
+        for line in () if self._is_quiet else lines:
+            self._status.remark(line)
 
     def _say(self, line: str) -> None:
+        if self._is_quiet:
+            return
         if not self._shows_lines:
             self._status.show(line)
         elif monotonic() >= self._line_due:

@@ -63,17 +63,20 @@ def quantize(
     if opened is None:
         return
     with StatusLine(after_s=0.3) as status:
-        stages = None if making.quiet else Stages(status)
-        cache, note = paths.cache_folder(), None if making.quiet else status.remark
+        stages, cache = Stages(status, is_quiet=making.quiet), paths.cache_folder()
         is_calibrated = options.method in calibrated_methods()
         care = Care(
-            Request(read, cache / "certificates", stages and stages.of("comparing"), note),
-            CalibrationRequest(
-                words, cache / "calibrations", stages and stages.of("calibrating"), note
-            )
+            Request(read, cache / "certificates", stages.of("comparing"), stages.tell),
+            CalibrationRequest(words, cache / "calibrations", stages.of("calibrating"), stages.tell)
             if words and is_calibrated
             else None,
-            SurveyRequest(words, cache / "sensitivities", stages and stages.of("measuring"), note)
+            SurveyRequest(
+                words,
+                cache / "sensitivities",
+                stages.of("measuring"),
+                stages.tell,
+                stages.of("trying formats"),
+            )
             if words and options.target_bpw is not None
             else None,
             stages,

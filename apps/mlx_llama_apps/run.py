@@ -41,7 +41,7 @@ def run(
     Parameters
     ----------
     model
-        a model directory, or the name of one in the models folder
+        a model directory, the name of one in the models folder, or "bundled", the guide in the box
     prompt
         the prompt; missing or "-" reads standard input, less its last newline
     system

@@ -39,7 +39,7 @@ def show(
     Parameters
     ----------
     model
-        a model directory, or the name of one in the models folder
+        a model directory, the name of one in the models folder, or "bundled", the guide in the box
     as_json
         print one JSON object
     """

@@ -11,7 +11,7 @@ def verify(model: str, /) -> None:
     Parameters
     ----------
     model
-        a model directory, or the name of one in the models folder
+        a model directory, the name of one in the models folder, or "bundled", the guide in the box
     """
     from mlx_llama_convert.verification import check_directory
 

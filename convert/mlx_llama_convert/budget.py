@@ -161,7 +161,7 @@ def survey(budget: Budget, request: SurveyRequest) -> ConversionPlan:
         dtype=budget.options.dtype,
         on_note=request.on_note,
     )
-    sensitivities = found.run(on_progress=request.on_progress)
+    sensitivities = found.run(on_progress=request.on_progress, on_look=request.on_look)
     windows = found.windows
     return settle(budget, sensitivities, request.text, len(windows) * windows.n_scored)
 

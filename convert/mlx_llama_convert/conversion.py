@@ -38,6 +38,7 @@ from mlx_llama_quantize.calibration import (
 from mlx_llama_quantize.certificate import Request, by_layer, certify
 from mlx_llama_quantize.plots import draw_certificate, draw_sensitivities, drawn
 from mlx_llama_quantize.subject import Subject
+from mlx_llama_quantize.walk_record import forget_stale
 
 MAX_SHARD_BYTES = 5_000_000_000
 PLOT_NAME = "certificate.svg"
@@ -131,6 +132,7 @@ def _refuse_own_source(target: Path, files: Sequence[Path]) -> None:
 def _calibration(plan: ConversionPlan, request: CalibrationRequest | None) -> Calibration | None:
     if request is None:
         return None
+    forget_stale(request.states)
     return Calibration(
         plan.source.weights,
         plan.source.tokenizer,

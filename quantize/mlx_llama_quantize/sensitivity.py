@@ -95,8 +95,13 @@ class Survey:
         )
         return Windows(windows.ids[: _most_windows(config)], 0)
 
-    def run(self, *, on_progress: OnProgress | None = None) -> list[Sensitivity]:
-        """Measure every matrix, in the order of `candidates`; what was written down is kept."""
+    def run(
+        self, *, on_progress: OnProgress | None = None, on_look: OnProgress | None = None
+    ) -> list[Sensitivity]:
+        """Measure every matrix, in the order of `candidates`; what was written down is kept.
+
+        on_look: told how many matrices were packed in every format, and of how many.
+        """
         self._resume()
         keeper = Keeper(self.path.parent, self.on_note)
         wanted = [(n, form) for n in self.candidates for form in self._missing(n)]
@@ -107,8 +112,11 @@ class Survey:
                 for name, form, nats in measured:
                     self._measured.setdefault(name, {})[form] = nats
                 keeper.keep(self._write)
-        for name in self.candidates:
+        untried = [name for name in self.candidates if self._untried(name)]
+        for number, name in enumerate(untried, 1):
             self._look_at(name)
+            if on_look is not None:
+                on_look(number, len(untried))
         keeper.keep(self._write)
         return [Sensitivity(n, self._measured[n], self._errors[n]) for n in self.candidates]
 
@@ -130,16 +138,17 @@ class Survey:
 
     def _look_at(self, name: str) -> None:
         """Find the error of a matrix's weights in every format, on a sample of its rows."""
-        known = self._errors.setdefault(name, {})
-        forms = [f for f in (*self.candidates[name], *self.probes(name)) if f not in known]
-        if not forms:
-            return
+        known, forms = self._errors.setdefault(name, {}), self._untried(name)
         values = self._sample(name)
         exact = values.astype(mx.float32)
         total = float(mx.sum(exact * exact)) or 1.0
         for form in forms:
             rest = self._packed(name, values, form) - exact
             known[form] = float(mx.sum(rest * rest)) / total
+
+    def _untried(self, name: str) -> list[QuantFormat]:
+        known = self._errors.get(name, {})
+        return [f for f in (*self.candidates[name], *self.probes(name)) if f not in known]
 
     def _sample(self, name: str) -> mx.array:
         n_rows, width = self.source.shape(name)
@@ -197,9 +206,10 @@ def _form(key: str) -> QuantFormat:
 
 @dataclass(frozen=True, slots=True)
 class SurveyRequest:
-    """What to measure on. folder: where surveys are written down, by their keys."""
+    """What to measure on. folder: where surveys are written down, by their keys. Rest: of `run`."""
 
     text: Text
     folder: Path
     on_progress: OnProgress | None = None
     on_note: OnNote | None = None
+    on_look: OnProgress | None = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from mlx_llama.errors import CheckpointError, OutputError
 from mlx_llama.safetensors_reader import open_safetensors
 from mlx_llama.safetensors_writer import SafetensorsWriter
 from mlx_llama_quantize.keeping import Keeper
+
+STALE_S = 30 * 86400
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,3 +106,14 @@ class WalkRecord:
     def forget(self) -> None:
         """Remove what was written down."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def forget_stale(states: Path) -> None:
+    """Remove, of a folder of walks, those that nobody has taken up for a month."""
+    with suppress(OSError):
+        for path in states.iterdir():
+            files = [*path.iterdir()]
+            newest = max(each.stat().st_mtime for each in (path, *files))
+            is_walk = all(each.suffix == ".safetensors" for each in files)
+            if is_walk and time.time() - newest > STALE_S:
+                shutil.rmtree(path, ignore_errors=True)

@@ -271,6 +271,21 @@ def test_convert_without_output_writes_into_the_models_folder(
     assert "8 bits, group 64" in capsys.readouterr().out
 
 
+def test_dry_run_refuses_the_output_that_the_run_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write_meta(tmp_path / "tiny"), tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    asked = ["convert", str(source), "-o", str(out), "--dry-run"]
+    assert main(asked) == 1
+    captured = capsys.readouterr()
+    assert "matrices" in captured.out
+    assert "exists; choose another --output, or --force" in captured.err
+    assert main([*asked, "--force"]) == 1
+    assert "mine.txt is not of it" in capsys.readouterr().err
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,6 +19,7 @@ from mlx_llama_quantize.calibration import Calibration, calibration_bytes
 from mlx_llama_quantize.comparison import Comparison
 from mlx_llama_quantize.subject import Subject
 from mlx_llama_quantize.texts import Text
+from mlx_llama_quantize.walk_record import forget_stale
 from mlx_llama_quantize.windows import cut_windows
 from model_folders import TINY, write_hf, write_meta
 from random_models import random_model
@@ -73,6 +76,23 @@ def test_folded_scales_change_nothing_but_rounding(source: SourceModel, tmp_path
     scores = Comparison(a, b, windows).run()
     assert scores.kld.max() < 1e-6
     assert scores.same_top.all()
+
+
+def test_walks_that_nobody_takes_up_are_removed(tmp_path: Path) -> None:
+    long_ago, lately = time.time() - 31 * 86400, time.time() - 86400
+    for name, file, changed in (
+        ("old", "block-0.safetensors", long_ago),
+        ("new", "block-0.safetensors", lately),
+        ("another", "notes.txt", long_ago),
+    ):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / file
+        path.write_bytes(b"")
+        for each in (path, path.parent):
+            os.utime(each, (changed, changed))
+    forget_stale(tmp_path)
+    forget_stale(tmp_path / "none")
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "another"}
 
 
 def test_folded_rows_are_those_of_the_whole(source: SourceModel, tmp_path: Path) -> None:

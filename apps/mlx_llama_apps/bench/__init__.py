@@ -53,7 +53,7 @@ def bench(
     Parameters
     ----------
     model
-        a model directory, or the name of one in the models folder
+        a model directory, the name of one in the models folder, or "bundled", the guide in the box
     shape
         measure random weights in the shape of a model, such as llama-3.2-1b, in place of MODEL
     bits

@@ -10,7 +10,7 @@ from mlx_llama_apps import paths
 from mlx_llama_apps.terminal import visible
 
 
-def models_at_hand() -> list[tuple[Path, str]]:
+def choices_at_hand() -> list[tuple[Path, str]]:
     """Return model directories with what is shown of each: the models folder, the hub's cache."""
     from mlx_llama_convert.hub import cached_models
 

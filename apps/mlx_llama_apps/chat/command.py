@@ -101,9 +101,9 @@ def _model_path(model: str | None, saved: SavedChat | None, is_interactive: bool
         return paths.resolve_model(model)
     if saved is not None and saved.model:
         return _model_of(saved)
-    from mlx_llama_apps.chat.choice import choose_model, models_at_hand
+    from mlx_llama_apps.chat.choice import choices_at_hand, choose_model
 
-    found = models_at_hand()
+    found = choices_at_hand()
     guide = bundled.target() if bundled.is_made() else None
     if all(path == guide for path, _ in found):  # nothing to choose from
         return bundled.model_directory()

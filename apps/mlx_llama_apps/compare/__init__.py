@@ -65,7 +65,8 @@ def compare(
     Parameters
     ----------
     a
-        the base: a model directory, or the name of one in the models folder
+        the base: a model directory, the name of one in the models folder, or "bundled", the guide
+        in the box
     b
         the model that is judged
     text
