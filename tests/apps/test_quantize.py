@@ -243,12 +243,8 @@ def test_a_size_is_kept_and_explained(
     printed = capsys.readouterr().err
     assert "bits and group of each are chosen by what it costs" in printed
     assert re.search(r"about .+ of packing, measuring and comparing besides", printed)
-    for stage in (
-        "measuring",
-        "trying formats",
-        "packing",
-        "comparing",
-    ):  # nobody watches: a line for each
+    stages = ("measuring", "trying formats", "packing", "comparing")
+    for stage in stages:  # nobody watches: a line for each
         assert len(re.findall(rf"^{stage}: \d+ %", printed, re.MULTILINE)) == 1
     assert re.search(r"^chosen    \d+ × \d bits", printed, re.MULTILINE)
     end = ", ".join(rf"{stage} [\d.]+ s" for stage in stages)
