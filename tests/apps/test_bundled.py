@@ -279,7 +279,7 @@ def test_a_file_of_the_users_in_it_is_not_lost(
 
 
 def test_two_first_uses_at_once_both_answer(home: Path) -> None:
-    first, second = (
+    both = [
         subprocess.Popen(
             command("run", "bundled", "what does --seed do?"),
             env=environment(home),
@@ -288,8 +288,8 @@ def test_two_first_uses_at_once_both_answer(home: Path) -> None:
             text=True,
         )
         for _ in range(2)
-    )
-    for process in (first, second):
+    ]
+    for process in both:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         assert "makes the answer repeatable" in out
@@ -305,7 +305,7 @@ def test_the_second_use_waits_for_the_first(home: Path) -> None:
     ) as process:
         assert process.stderr is not None
         assert "waiting for it" in process.stderr.readline()
-        assert not (bundled.target()).exists()
+        assert not bundled.target().exists()
         os.close(lock)
         assert process.wait(timeout=120) == 0
 
@@ -338,13 +338,9 @@ def test_chat_without_a_model_takes_no_folder_of_that_name(
     tmp_path: Path, home: Path, kind: str
 ) -> None:
     """`chat` looked for the name "bundled" where the user stood."""
-    match kind:
-        case "file":
-            (tmp_path / "bundled").write_text("")
-        case "folder":
-            (tmp_path / "bundled").mkdir()
-        case _:
-            (tmp_path / "bundled").symlink_to(tmp_path / "nowhere" / "foo")
+    place = tmp_path / "bundled"
+    make = {"file": place.touch, "folder": place.mkdir}
+    make.get(kind, lambda: place.symlink_to(tmp_path / "nowhere" / "foo"))()
     done = pipe_to_chat(home, tmp_path)
     assert "makes the answer repeatable" in done.stdout, done.stderr
     assert [path.name for path in (home / "data" / "models").iterdir()] == ["bundled-8bit"]
