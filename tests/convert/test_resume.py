@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import subprocess
 import time
 from pathlib import Path
 
@@ -40,20 +41,28 @@ def digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+def wait_for_files(journal: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Wait until so many files are finished, or the process has ended."""
+    while process.poll() is None:
+        if journal.is_file() and journal.read_text(encoding="utf-8").count('"file"') >= count:
+            return
+        time.sleep(0.002)
+
+
 def kill_and_resume(tmp_path: Path, home: Path, *, times: int, seed: int) -> int:
     """Kill conversions at random moments; return how many left files that were kept."""
     source, target = write_meta(tmp_path / "m"), tmp_path / "out"
-    started = time.monotonic()
     finish(source, target, home)
-    elapsed = time.monotonic() - started
     expected = digests(target)
+    n_files = sum(name.endswith(".safetensors") for name in expected)
     moments, kept = random.Random(seed), 0
     for _ in range(times):
         for path in target.iterdir():
             path.unlink()
         target.rmdir()
         with start(SLOW, "convert", source, "-o", target, home=home) as process:
-            time.sleep(moments.uniform(0.3, 1.0) * elapsed)
+            wait_for_files(tmp_path / "out.partial" / JOURNAL, moments.randrange(n_files), process)
+            time.sleep(moments.uniform(0, 0.05))
             process.kill()
         if not target.exists():
             kept += "which the last run finished" in finish(source, target, home)
