@@ -197,7 +197,8 @@ def _prompt_attention_bytes(demand: Demand, seen: int, chunk: int) -> int:
         # In half precision the weights of a tile become halves again for plain values.
         halves = 0 if is_float else 2 if bits.values == PLAIN else 1
         per_score = 2 * FLOAT32 + halves * dtype.size
-        floats = (7 if is_float else 4) - demand.slides
+        # The middle of what was found: how far MLX allocates ahead differs from run to run.
+        floats = 7 - demand.slides if is_float else 5 - 2 * demand.slides
         per_number = floats * FLOAT32 + (0 if is_float else 3 * dtype.size)
     else:
         n_copies = 4 if demand.slides else 2
