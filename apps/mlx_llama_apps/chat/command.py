@@ -120,7 +120,8 @@ def _model_of(saved: SavedChat) -> Path:
     """Return the model of a saved chat; the bundled one is made again where it is gone."""
     from mlx_llama_apps.chat.store import ChatError
 
-    if Path(saved.model) == bundled.target() and not bundled.target().exists():
+    made = bundled.target()
+    if Path(saved.model) == made and (bundled.is_made() or not made.exists()):
         return bundled.model_directory()
     try:
         return paths.resolve_model(saved.model)
