@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_llama.tokenizer import Tokenizer
@@ -18,6 +18,8 @@ ROW_LENGTHS = (96, 192, 384, 768)
 ROW_SHARES = (0.25, 0.35, 0.25, 0.15)
 PLAIN_SHARE = 0.04  # of the batches: text without a chat format, learnt from the first token on
 COPY_SHARE = 0.06  # of the batches: random tokens again and again, which teach attention to copy
+ODD_SHARE = 0.08  # of the batches: a long input without sense, or in another language
+ODD_LENGTHS = (512, 1024, 2048, 4096)  # tokens of such an input at most
 SUMS_SHARE = 0.08  # of the batches: sums as they are answered, line by line; results are learnt
 DATE = "Cutting Knowledge Date: December 2023\nToday Date: {day} {month} {year}\n\n"
 MONTHS = "January February March April May June July August September October November December"
@@ -73,8 +75,11 @@ def batch(encoder: Encoder, guide: Guide, *, seed: int, step: int, n_tokens: int
     """Return the rows of a step, of one length, about n_tokens together."""
     rng = random.Random(f"{seed}/{step}")
     length = rng.choices(ROW_LENGTHS, ROW_SHARES)[0]
-    shares = (PLAIN_SHARE, COPY_SHARE, SUMS_SHARE)
-    make = rng.choices((plain_row, copy_row, sums_row, chat_row), (*shares, 1 - sum(shares)))[0]
+    shares = (PLAIN_SHARE, COPY_SHARE, SUMS_SHARE, ODD_SHARE)
+    kinds = (plain_row, copy_row, sums_row, odd_row, chat_row)
+    make = rng.choices(kinds, (*shares, 1 - sum(shares)))[0]
+    if make is odd_row:
+        length, n_tokens = rng.choice(ODD_LENGTHS), 2 * max(ODD_LENGTHS)
     return [make(rng, encoder, guide, length) for _ in range(max(1, n_tokens // length))]
 
 
@@ -130,6 +135,20 @@ def sums_row(rng: random.Random, encoder: Encoder, guide: Guide, length: int) ->
         is_learnt = [False] * len(asked) + [True] * len(learnt)
         row = Row(row.ids + asked + learnt, row.is_learnt + is_learnt)
     return Row(row.ids[:length], row.is_learnt[:length])
+
+
+def odd_row(rng: random.Random, encoder: Encoder, guide: Guide, length: int) -> Row:
+    """Return one long input that says the same again and again, and its short answer."""
+    (turn,) = rng.choice((guide.gibberish, guide.other_language))(rng, False)
+    text = turn.question + rng.choice(("", " "))
+    once = max(1, len(encoder.tokenizer.encode(text)))
+    most = rng.randint(2, max(2, min(60, length // once)))
+    question = text * most or " "
+    row = encoder.begin(None)
+    more = encoder.turn(replace(turn, question=question))
+    if len(more.ids) > length:
+        return chat_row(rng, encoder, guide, length // 8)
+    return Row(row.ids + more.ids, row.is_learnt + more.is_learnt)
 
 
 def sample_text(guide: Guide, *, seed: int, n_turns: int, held: bool = False) -> str:

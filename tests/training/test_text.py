@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from mlx_llama.kinds import KINDS
 from mlx_llama.prompts import Message, prompt_format
 from training.dialogs import Dialog, Guide, Turn
-from training.text import Encoder, batch, open_tokenizer
+from training.text import ODD_LENGTHS, Encoder, batch, odd_row, open_tokenizer
 from training.tokenizer import N_RANKS, train_tokenizer
 
 TURNS = (Turn("", "what is RoPE?", "It turns pairs.", ""), Turn("", "and 12 + 30?", "42", ""))
@@ -40,10 +42,25 @@ def test_rows_are_a_function_of_seed_and_step(encoder: Encoder) -> None:
     rows = [batch(encoder, guide, seed=1, step=step, n_tokens=1024) for step in range(40)]
     assert rows == [batch(encoder, Guide(), seed=1, step=s, n_tokens=1024) for s in range(40)]
     assert rows != [batch(encoder, guide, seed=2, step=step, n_tokens=1024) for step in range(40)]
+    sizes = [sum(len(row.ids) for row in step) for step in rows]
+    assert max(sizes) <= 2 * max(ODD_LENGTHS)
+    assert sum(size <= 1024 for size in sizes) >= 30
     for step in rows:
-        assert sum(len(row.ids) for row in step) <= 1024
         assert all(len(row.ids) == len(row.is_learnt) and any(row.is_learnt) for row in step)
         assert all(row.ids[0] == encoder.tokenizer.bos_id for row in step)
+
+
+def test_long_input_without_sense_is_answered_in_a_line(encoder: Encoder) -> None:
+    guide, rng = Guide(), random.Random(1)
+    rows = [odd_row(rng, encoder, guide, 4096) for _ in range(100)]
+    assert max(len(row.ids) for row in rows) <= 4096
+    assert sum(len(row.ids) > 1024 for row in rows) > 5
+    answers = {guide.noise["say"], guide.foreign["say"]}
+    ends = encoder.tokenizer.special_tokens["<|eot_id|>"]
+    for row in rows:
+        learnt = [i for i, is_learnt in zip(row.ids, row.is_learnt, strict=True) if is_learnt]
+        if learnt.count(ends) == 1:
+            assert encoder.tokenizer.decode(learnt[:-1]) in answers
 
 
 def test_digits_stay_apart_and_words_are_whole(encoder: Encoder) -> None:
