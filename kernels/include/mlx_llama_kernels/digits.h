@@ -8,10 +8,10 @@
 
 #include "mlx_llama_kernels/matrix.h"
 
-#if defined(__AVX2__)
+#if MLK_LANES >= 8
 namespace mlk::MLK_ISA::digits {
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if (MLK_LANES == 16 && defined(__AVX512VNNI__)) || (MLK_LANES == 8 && defined(__AVXVNNI__))
 constexpr bool HAS_VNNI = true;
 #else
 constexpr bool HAS_VNNI = false;
@@ -20,9 +20,9 @@ constexpr bool HAS_VNNI = false;
 // To each lane of sums the products of its four bytes, without a sign, and its four signed digits.
 // Without VNNI the bytes must be below 128.
 static inline I dots(I sums, U bytes, U digits) {
-#if defined(__AVX512VNNI__)
+#if MLK_LANES == 16 && defined(__AVX512VNNI__)
   return (I)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)bytes, (__m512i)digits);
-#elif defined(__AVXVNNI__)
+#elif MLK_LANES == 8 && defined(__AVXVNNI__)
   return (I)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)bytes, (__m256i)digits);
 #elif MLK_LANES == 16
   __m512i pairs = _mm512_maddubs_epi16((__m512i)bytes, (__m512i)digits);
@@ -61,13 +61,13 @@ struct Stream {
   static constexpr int BLOCK = 4 * W;
   static constexpr int BYTES = BLOCK / 8 * BITS;
   static constexpr bool IS_LARGE = false;
-#if defined(__AVX512VBMI__)
+#if MLK_LANES == 16 && defined(__AVX512VBMI__)
   static inline U raw(const char* from) { return (U)unpack64<BITS>(from, 64); }
 #endif
   static inline U part(U raw, int) { return raw; }
 };
 
-#if defined(__AVX512VBMI__)
+#if MLK_LANES == 16 && defined(__AVX512VBMI__)
 constexpr bool HAS_STREAMS = true;
 #else
 constexpr bool HAS_STREAMS = false;

@@ -68,7 +68,7 @@ static inline F load(const f16* p) {
 // The first n numbers, a whole vector's at most, zero behind them.
 template <class T>
 static inline F load_some(const T* p, size_t n) {
-#if defined(__AVX512F__)
+#if MLK_LANES == 16
   __mmask16 there = n < size_t(W) ? __mmask16((1u << n) - 1) : __mmask16(0xffff);
   if constexpr (sizeof(T) == 4) return (F)_mm512_maskz_loadu_ps(there, p);
   __m256i halves = _mm256_maskz_loadu_epi16(there, p);
