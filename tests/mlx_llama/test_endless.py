@@ -41,13 +41,22 @@ FAR_TOLERANCE = 5e-3
 def spans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Collect the first and last position of all that is rotated."""
     found: list[tuple[int, int]] = []
-    rotate = ops.rotate
+    rotate, turned_heads = ops.rotate, ops.turned_heads
 
     def noting(x: mx.array, periods: mx.array, offset: int) -> mx.array:
         found.append((offset, offset + x.shape[2] - 1))
         return rotate(x, periods, offset)
 
+    def noting_one(
+        h: mx.array, norm: Any, wqkv: Any, periods: mx.array, offset: int, n_turned: int
+    ) -> mx.array | None:
+        turned = turned_heads(h, norm, wqkv, periods, offset, n_turned)
+        if turned is not None:
+            found.append((offset, offset))
+        return turned
+
     monkeypatch.setattr(ops, "rotate", noting)
+    monkeypatch.setattr(ops, "turned_heads", noting_one)
     return found
 
 
