@@ -38,7 +38,7 @@ def interrupting(terminal: Terminal) -> None:
     terminal.send("/set max_tokens default\r")
     terminal.prompt()
     terminal.send("Lily went to the park\r")
-    terminal.until(lambda: "with" in terminal.flat.rpartition("the park")[2], "answer")
+    terminal.until(lambda: "with" in terminal.flat.partition("the park")[2], "answer")
     terminal.interrupt()
     terminal.prompt()
     terminal.interrupt()
