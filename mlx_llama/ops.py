@@ -233,7 +233,7 @@ def held(arrays: list[mx.array], form: QuantFormat | None) -> Held | None:
     return native.held(arrays, form)
 
 
-def row_kernels(h: mx.array) -> Any | None:
+def _row_kernels(h: mx.array) -> Any | None:
     """Return the native kernels where they take h (B, L, dim) through a block: one token's row."""
     ours = kernels()
     return ours if ours is not None and native.takes_row(h) else None
@@ -251,8 +251,8 @@ def turned_heads(
 
     norm: weight and epsilon.
     """
-    ours = row_kernels(h)
-    if ours is None or wqkv is None:
+    ours = _row_kernels(h)
+    if ours is None or wqkv is None or 2 * periods.size > native.MOST_HEAD_DIM:
         return None
     how = wqkv.arrays, wqkv.group_size, wqkv.bits
     return ours.turned_heads(h, *norm, *how, periods, offset, n_turned)
@@ -262,7 +262,7 @@ def attended(
     h: mx.array, q: mx.array, view: View, scale: float, wo: Held | None
 ) -> mx.array | None:
     """Return the row h plus wo times what attention of q (1, H, 1, D) over a view gives."""
-    ours = row_kernels(h)
+    ours = _row_kernels(h)
     if ours is None or wo is None or q.shape[2] != 1 or not native.takes_view(q, view):
         return None
     keys, values = ([part[which].arrays for part in view.parts] for which in (0, 1))
@@ -277,7 +277,7 @@ def feed_forward(
     w2: Held | None,
 ) -> mx.array | None:
     """Return the row h plus w2 times the gated w13 times the normed h."""
-    ours = row_kernels(h)
+    ours = _row_kernels(h)
     if ours is None or w13 is None or w2 is None:
         return None
     if (w13.group_size, w13.bits) != (w2.group_size, w2.bits):

@@ -218,6 +218,8 @@ def test_what_is_no_single_row_of_float32_goes_by_single_operations() -> None:
     ):
         assert ops.turned_heads(h, norm, matrix, mx.ones((8,)), 0, 4) is None
     h = mx.ones((1, 1, 96))
+    wide = held(random_matrix(2 * 1028, 96, 4)[0])  # heads that the kernels would refuse
+    assert ops.turned_heads(h, norm, wide, mx.ones((514,)), 0, 1) is None
     assert ops.feed_forward(h, norm, None, matrix) is None
     assert INSTALLED is not None
     with pytest.raises(ValueError, match="h: expected"):

@@ -20,6 +20,7 @@ PLAIN_SHARE = 0.04  # of the batches: text without a chat format, learnt from th
 COPY_SHARE = 0.06  # of the batches: random tokens again and again, which teach attention to copy
 ODD_SHARE = 0.08  # of the batches: a long input without sense, or in another language
 ODD_LENGTHS = (512, 1024, 2048, 4096)  # tokens of such an input at most
+AROUND_ODD = 64  # tokens of the headers and the answer, at most
 SUMS_SHARE = 0.08  # of the batches: sums as they are answered, line by line; results are learnt
 DATE = "Cutting Knowledge Date: December 2023\nToday Date: {day} {month} {year}\n\n"
 MONTHS = "January February March April May June July August September October November December"
@@ -140,14 +141,11 @@ def sums_row(rng: random.Random, encoder: Encoder, guide: Guide, length: int) ->
 def odd_row(rng: random.Random, encoder: Encoder, guide: Guide, length: int) -> Row:
     """Return one long input that says the same again and again, and its short answer."""
     (turn,) = rng.choice((guide.gibberish, guide.other_language))(rng, False)
-    text = turn.question + rng.choice(("", " "))
-    once = max(1, len(encoder.tokenizer.encode(text)))
-    most = rng.randint(2, max(2, min(60, length // once)))
-    question = text * most or " "
+    text = (turn.question or " ") + rng.choice(("", " "))
+    times = (length - AROUND_ODD) // len(encoder.tokenizer.encode(text))
+    question = text * rng.randint(1, min(60, max(1, times)))
     row = encoder.begin(None)
     more = encoder.turn(replace(turn, question=question))
-    if len(more.ids) > length:
-        return chat_row(rng, encoder, guide, length // 8)
     return Row(row.ids + more.ids, row.is_learnt + more.is_learnt)
 
 

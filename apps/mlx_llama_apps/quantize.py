@@ -45,9 +45,6 @@ def quantize(
     no_report
         compare the weights alone, not what the models predict
     """
-    from mlx_llama_quantize.calibration import CalibrationRequest
-    from mlx_llama_quantize.certificate import Request
-    from mlx_llama_quantize.sensitivity import SurveyRequest
     from mlx_llama_quantize.texts import CERTIFICATE, read_text, shipped
 
     if no_report and text is not None:
@@ -63,25 +60,26 @@ def quantize(
     if opened is None:
         return
     with StatusLine(after_s=0.3) as status:
-        stages, cache = Stages(status, is_quiet=making.quiet), paths.cache_folder()
-        is_calibrated = options.method in calibrated_methods()
-        care = Care(
-            Request(read, cache / "certificates", stages.of("comparing"), stages.tell),
-            CalibrationRequest(words, cache / "calibrations", stages.of("calibrating"), stages.tell)
-            if words and is_calibrated
-            else None,
-            SurveyRequest(
-                words,
-                cache / "sensitivities",
-                stages.of("measuring"),
-                stages.tell,
-                stages.of("trying formats"),
-            )
-            if words and options.target_bpw is not None
-            else None,
-            stages,
-        )
+        care = _care(options, read, words, Stages(status, is_quiet=making.quiet))
         build(opened, options, target, making, care=care)
+
+
+def _care(options: ConvertOptions, read: Text | None, words: Text | None, stages: Stages) -> Care:
+    """Say what is learnt from words, and what is measured on the text that is read."""
+    from mlx_llama_quantize.calibration import CalibrationRequest
+    from mlx_llama_quantize.certificate import Request
+    from mlx_llama_quantize.sensitivity import SurveyRequest
+
+    cache, note = paths.cache_folder(), stages.tell
+    certificate = Request(read, cache / "certificates", stages.of("comparing"), note)
+    calibration = survey = None
+    if words and options.method in calibrated_methods():
+        folder = cache / "calibrations"
+        calibration = CalibrationRequest(words, folder, stages.of("calibrating"), note)
+    if words and options.target_bpw is not None:
+        folder, looking = cache / "sensitivities", stages.of("trying formats")
+        survey = SurveyRequest(words, folder, stages.of("measuring"), note, looking)
+    return Care(certificate, calibration, survey, stages)
 
 
 def _size_name(options: ConvertOptions) -> str | None:

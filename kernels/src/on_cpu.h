@@ -143,7 +143,8 @@ class OnCpu : public mx::UnaryPrimitive {
   }
 };
 
-// How keys or values stand among a primitive's inputs: one array, or words, scales and biases.
+// How a matrix, keys or values stand among a primitive's inputs: one array, or where there are bits
+// words, scales and biases.
 struct Storage {
   int bits, group;
   size_t arrays() const { return bits ? 3 : 1; }

@@ -6,16 +6,9 @@ namespace mlk::graph {
 
 namespace {
 
-// How a matrix stands among a primitive's inputs: one array, or words, scales and biases.
-struct Packing {
-  int group, bits;  // bits 0: dense
-  size_t arrays() const { return bits ? 3 : 1; }
-  bool operator==(const Packing&) const = default;
-};
-
 class Weights {
  public:
-  Weights(const Packing& how, const std::vector<array>& in, size_t at) : words_(in[at]) {
+  Weights(const Storage& how, const std::vector<array>& in, size_t at) : words_(in[at]) {
     size_t rows = in[at].shape(0), stored = in[at].shape(1);
     if (!how.bits) {
       matrix_ = {words_.data(), type_of(in[at]), rows, stored};
@@ -45,7 +38,7 @@ struct Normed {
 
 class TurnedHeads : public OnCpu {
  public:
-  TurnedHeads(mx::Stream stream, float eps, Packing wqkv, int offset, int n_turned)
+  TurnedHeads(mx::Stream stream, float eps, Storage wqkv, int offset, int n_turned)
       : OnCpu(stream), eps_(eps), wqkv_(wqkv), offset_(offset), n_turned_(n_turned) {}
   const char* name() const override { return "MlxLlamaTurnedHeads"; }
   size_t tokens(const array&) const override { return 1; }
@@ -73,13 +66,13 @@ class TurnedHeads : public OnCpu {
 
  private:
   float eps_;
-  Packing wqkv_;
+  Storage wqkv_;
   int offset_, n_turned_;
 };
 
 class Attended : public OnCpu {
  public:
-  Attended(mx::Stream stream, const Cached& cached, Packing wo)
+  Attended(mx::Stream stream, const Cached& cached, Storage wo)
       : OnCpu(stream), cached_(cached), wo_(wo) {}
   const char* name() const override { return "MlxLlamaAttended"; }
   bool reads_cache() const override { return true; }
@@ -103,12 +96,12 @@ class Attended : public OnCpu {
 
  private:
   Cached cached_;
-  Packing wo_;
+  Storage wo_;
 };
 
 class FeedForward : public OnCpu {
  public:
-  FeedForward(mx::Stream stream, float eps, Packing packing)
+  FeedForward(mx::Stream stream, float eps, Storage packing)
       : OnCpu(stream), eps_(eps), packing_(packing) {}
   const char* name() const override { return "MlxLlamaFeedForward"; }
   bool is_equivalent(const Primitive& other) const override {
@@ -128,7 +121,7 @@ class FeedForward : public OnCpu {
 
  private:
   float eps_;
-  Packing packing_;
+  Storage packing_;
 };
 
 class Likeliest : public OnCpu {
@@ -170,7 +163,7 @@ void require_norm(const array& h, const array& norm) {
 }
 
 // Adds a matrix, which must fit rows of so many columns, to the inputs; returns its rows.
-int take_matrix(const Arrays& matrix, int columns, const Packing& packing, std::vector<array>& in) {
+int take_matrix(const Arrays& matrix, int columns, const Storage& packing, std::vector<array>& in) {
   if (matrix.size() != packing.arrays()) {
     refuse("matrix: found ", matrix.size(), " arrays, expected ", packing.arrays());
   }
@@ -196,7 +189,7 @@ array turned_heads(const array& h, const array& norm, float eps, const Arrays& w
       periods.shape(0) > 512) {
     refuse("periods: expected at most 512 numbers in float32");
   }
-  Packing packing{group_size, bits};
+  Storage packing{bits, group_size};
   std::vector<array> inputs{h, norm, periods};
   int rows = take_matrix(wqkv, dim, packing, inputs), head_dim = 2 * periods.shape(0);
   if (rows % head_dim || n_turned < 0 || n_turned > rows / head_dim) {
@@ -213,7 +206,7 @@ array attended(const array& h, const array& q, const std::vector<Arrays>& keys,
   if (q.dtype() != mx::float32 || q.ndim() != 4 || q.shape(0) != 1 || q.shape(2) != 1) {
     refuse("q: expected (1, heads, 1, head_dim) float32");
   }
-  Packing packing{group_size, bits};
+  Storage packing{bits, group_size};
   std::vector<array> inputs;
   Cached cached = take_cached(q, keys, values, scale, sight, inputs);
   inputs.push_back(h);
@@ -226,7 +219,7 @@ array feed_forward(const array& h, const array& norm, float eps, const Arrays& w
                    int group_size, int bits) {
   int dim = require_row(h);
   require_norm(h, norm);
-  Packing packing{group_size, bits};
+  Storage packing{bits, group_size};
   std::vector<array> inputs{h, norm};
   int gates = take_matrix(w13, dim, packing, inputs);
   if (gates == 0 || gates % 2) refuse("w13: ", gates, " rows, expected gates and as many others");

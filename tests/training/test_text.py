@@ -52,15 +52,15 @@ def test_rows_are_a_function_of_seed_and_step(encoder: Encoder) -> None:
 
 def test_long_input_without_sense_is_answered_in_a_line(encoder: Encoder) -> None:
     guide, rng = Guide(), random.Random(1)
-    rows = [odd_row(rng, encoder, guide, 4096) for _ in range(100)]
-    assert max(len(row.ids) for row in rows) <= 4096
-    assert sum(len(row.ids) > 1024 for row in rows) > 5
+    rows = [(n, odd_row(rng, encoder, guide, n)) for n in ODD_LENGTHS for _ in range(60)]
+    assert all(len(row.ids) <= length for length, row in rows)
+    assert sum(len(row.ids) > 1024 for _, row in rows) > 5
     answers = {guide.noise["say"], guide.foreign["say"]}
     ends = encoder.tokenizer.special_tokens["<|eot_id|>"]
-    for row in rows:
+    for _, row in rows:
         learnt = [i for i, is_learnt in zip(row.ids, row.is_learnt, strict=True) if is_learnt]
-        if learnt.count(ends) == 1:
-            assert encoder.tokenizer.decode(learnt[:-1]) in answers
+        assert learnt.pop() == ends
+        assert encoder.tokenizer.decode(learnt) in answers
 
 
 def test_digits_stay_apart_and_words_are_whole(encoder: Encoder) -> None:
