@@ -45,9 +45,9 @@ build_kernels = $(1) -m pip --disable-pip-version-check install --quiet --constr
 
 $(VENV)/.kernels: constraints.txt $(KERNEL_FILES) | $(VENV)/.installed
 	@if ! command -v $${CXX:-c++} >/dev/null; then \
-	  echo "no C++ compiler: going on without the native kernels, 11 to 18 times slower on a CPU (docs/cpu.md)" >&2; \
+	  echo "no C++ compiler: going on without the native kernels, 22 to 42 times slower on a CPU (docs/cpu.md)" >&2; \
 	elif echo "building the native CPU kernels: about a minute" >&2; { $(call build_kernels,$(VENV)/bin/python); } >$(VENV)/kernels.log 2>&1; then touch $@; \
-	else touch $@; echo "the native kernels could not be built ($(VENV)/kernels.log; make kernels tries again): going on without, 11 to 18 times slower on a CPU (docs/cpu.md)" >&2; fi
+	else touch $@; echo "the native kernels could not be built ($(VENV)/kernels.log; make kernels tries again): going on without, 22 to 42 times slower on a CPU (docs/cpu.md)" >&2; fi
 
 # The arithmetic's own test program, under the sanitizers.
 kernels-check: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)

@@ -22,9 +22,7 @@ from mlx_llama_apps.progress import remark
 from mlx_llama_apps.terminal import StatusLine
 
 NOTICEABLE_BYTES = 64 << 20  # weights of a model that is slow enough to say why
-SLOWER = (
-    "4- and 8-bit models decode 11 to 18 times slower; `make kernels` builds them (docs/cpu.md)"
-)
+SLOWER = "4-bit models decode 22 to 42 times slower; `make kernels` builds them (docs/cpu.md)"
 
 if TYPE_CHECKING:
     from mlx_llama import Llama, Step
