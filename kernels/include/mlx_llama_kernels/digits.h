@@ -33,14 +33,6 @@ static inline I dots(I sums, U bytes, U digits) {
 #endif
 }
 
-static inline I rounded(F x) {
-#if MLK_LANES == 16
-  return (I)_mm512_cvtps_epi32((__m512)x);
-#else
-  return (I)_mm256_cvtps_epi32((__m256)x);
-#endif
-}
-
 // Packed numbers as vectors of bytes: part(raw, i) holds in byte k the number k * PARTS + i. The
 // numbers of one lane share a group. `raw` reads BYTES bytes.
 template <int BITS>

@@ -177,6 +177,17 @@ static inline float sum(F v) {
 
 static inline F larger(F a, F b) { return a > b ? a : b; }
 
+#if MLK_LANES >= 8
+// To the nearest whole number.
+static inline I rounded(F x) {
+#if MLK_LANES == 16
+  return (I)_mm512_cvtps_epi32((__m512)x);
+#else
+  return (I)_mm256_cvtps_epi32((__m256)x);
+#endif
+}
+#endif
+
 static inline float widen(float x) { return x; }
 static inline float widen(bf16 x) {
   uint32_t bits = uint32_t(x.bits) << 16;
