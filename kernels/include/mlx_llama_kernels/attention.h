@@ -13,7 +13,7 @@
 namespace mlk::MLK_ISA {
 
 constexpr size_t TILE = 2 * PANEL;       // rows at once
-constexpr size_t QUERIES = 8 * MR;       // rows of queries at once, of all heads together
+constexpr size_t QUERIES = (128 + MR - 1) / MR * MR;  // rows at once, of all heads together
 constexpr size_t SPLIT = 1024;           // stored rows of a part of few queries
 constexpr float LOWEST = -1e30f;         // below every score, finite: hidden minus hidden is no NaN
 
@@ -103,13 +103,20 @@ static inline float soften(float* scores, size_t n, float& largest, float& total
 template <class Reader>
 static inline void transpose_keys(const Reader& reader, const Stored& k, size_t batch, size_t head,
                                   size_t first, size_t n, float* to) {
-  float row[most_dim + W];
-  size_t dim = dim_of(k);
-  for (size_t key = 0; key < TILE; ++key) {
-    float* column = to + key / PANEL * dim * PANEL + key % PANEL;
-    if (key < n) unpack_row(reader, k, batch, head, first + key, row);
-    else for (size_t d = 0; d < dim; ++d) row[d] = 0;
-    for (size_t d = 0; d < dim; ++d) column[d * PANEL] = row[d];
+  float rows[W][most_dim + W];
+  const size_t dim = dim_of(k);
+  for (size_t key = 0; key < TILE; key += W) {
+    for (size_t lane = 0; lane < size_t(W); ++lane) {
+      if (key + lane < n) unpack_row(reader, k, batch, head, first + key + lane, rows[lane]);
+      else for (size_t d = 0; d < dim; ++d) rows[lane][d] = 0;
+    }
+    float* panel = to + key / PANEL * dim * PANEL + key % PANEL;
+    for (size_t d = 0; d < dim; d += W) {
+      F columns[W];
+      for (int lane = 0; lane < W; ++lane) columns[lane] = load_some(rows[lane] + d, dim - d);
+      turn(columns);
+      for (size_t i = d; i < dim && i < d + W; ++i) store(panel + i * PANEL, columns[i - d]);
+    }
   }
 }
 
@@ -126,24 +133,13 @@ static inline void place_values(const Reader& reader, const Stored& v, size_t ba
   }
 }
 
-// a (rows, depth), row after row -> blocks of MR rows, each (depth, MR).
-static inline void interleave(const float* a, size_t stride, size_t rows, size_t depth, float* to) {
-  for (size_t r = 0; r < up(rows, MR); ++r) {
-    float* column = to + r / MR * depth * MR + r % MR;
-    for (size_t k = 0; k < depth; ++k) column[k * MR] = r < rows ? a[r * stride + k] : 0;
-  }
-}
-
-// out (rows, stride) = or += packed blocks times panels, depth numbers summed.
+// out (rows, stride) += packed blocks times panels, depth numbers summed.
 static inline void by_panels(const float* packed, size_t rows, const float* panels, size_t n_panels,
                              size_t panel_depth, size_t depth, float* out, size_t stride) {
-  float c[MR * PANEL];
   for (size_t block = 0; block < rows / MR; ++block) {
     for (size_t p = 0; p < n_panels; ++p) {
       float* place = out + block * MR * stride + p * PANEL;
-      for (int r = 0; r < MR; ++r) __builtin_memcpy(c + r * PANEL, place + r * stride, PANEL * 4);
-      multiply(packed + block * panel_depth * MR, panels + p * panel_depth * PANEL, depth, c);
-      for (int r = 0; r < MR; ++r) __builtin_memcpy(place + r * stride, c + r * PANEL, PANEL * 4);
+      multiply(packed + block * panel_depth * MR, panels + p * panel_depth * PANEL, depth, place, stride);
     }
   }
 }

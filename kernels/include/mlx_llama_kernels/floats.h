@@ -56,15 +56,15 @@ struct Floats {
   static size_t block_floats(const Matrix& a) { return a.columns * MR; }
 
   static inline void pack(const Matrix&, const Rows& x, size_t block, float* to) {
-    float piece[64];
-    for (int r = 0; r < MR; ++r) {
-      size_t m = block * MR + r;
-      for (size_t k = 0; k < x.n; k += 64) {
-        size_t n = x.n - k < 64 ? x.n - k : 64;
-        if (m < x.m) widen_row(x.type, x.data, m * x.n + k, piece, n);
-        else for (size_t i = 0; i < n; ++i) piece[i] = 0;
-        for (size_t i = 0; i < n; ++i) to[(k + i) * MR + r] = piece[i];
+    constexpr size_t AT_ONCE = 64;
+    float rows[MR * AT_ONCE];
+    const size_t m = block * MR, n_rows = x.m - m < size_t(MR) ? x.m - m : MR;
+    for (size_t k = 0; k < x.n; k += AT_ONCE, to += MR * AT_ONCE) {
+      size_t n = x.n - k < AT_ONCE ? x.n - k : AT_ONCE;
+      for (size_t r = 0; r < n_rows; ++r) {
+        widen_row(x.type, x.data, (m + r) * x.n + k, rows + r * AT_ONCE, n);
       }
+      interleave(rows, AT_ONCE, n_rows, n, to);
     }
   }
 
@@ -89,7 +89,7 @@ struct Floats {
 
   static inline void multiply(const Matrix&, const float* x, const float* panel, size_t start,
                               size_t depth, float* c) {
-    mlk::MLK_ISA::multiply(x + start * MR, panel, depth, c);
+    mlk::MLK_ISA::multiply(x + start * MR, panel, depth, c, PANEL);
   }
 };
 

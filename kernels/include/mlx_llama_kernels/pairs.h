@@ -167,7 +167,7 @@ struct Pairs {
       I sums[MR][2] = {};
       for (int k = 0; k < a.group; k += 2, pairs += MR, numbers += PANEL) {
         U left = load_bits(numbers), right = load_bits(numbers + W);
-#pragma GCC unroll 12
+#pragma GCC unroll 13
         for (int r = 0; r < MR; ++r) {
           uint32_t pair;  // as bits: a float's might be a NaN's
           __builtin_memcpy(&pair, pairs + r, sizeof pair);
@@ -179,7 +179,7 @@ struct Pairs {
 #pragma GCC unroll 2
       for (int side = 0; side < 2; ++side) {
         F scale = load(scales + side * W), bias = load(biases + side * W);
-#pragma GCC unroll 12
+#pragma GCC unroll 13
         for (int r = 0; r < MR; ++r) {
           float* to = c + r * PANEL + side * W;
           F sum = load(to) + bias * totals[r];
