@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_llama.cache.view import View
 from mlx_llama.config import QuantFormat
 
-INTERFACE = 3  # of the extension: one that was built of older sources is refused
+INTERFACE = 4  # of the extension: one that was built of older sources is refused
 MOST_GROUPS = 4096  # of a matrix's row
 MOST_HEAD_DIM = 512
 BITS = (2, 3, 4, 5, 6, 8)

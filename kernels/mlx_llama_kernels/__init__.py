@@ -16,7 +16,7 @@ if mx.__version__ != MLX_VERSION:
         "build it again (make kernels)"
     )
 
-INTERFACE = 3  # grows whenever a function is added or takes something else; mlx_llama asks for it
+INTERFACE = 4  # grows whenever a function is added or takes something else; mlx_llama asks for it
 
 from mlx_llama_kernels._kernels import (
     attended,
@@ -31,6 +31,7 @@ from mlx_llama_kernels._kernels import (
     swiglu,
     threads,
     turned_heads,
+    use_byte_activations,
     use_instructions,
     use_threads,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "swiglu",
     "threads",
     "turned_heads",
+    "use_byte_activations",
     "use_instructions",
     "use_threads",
 ]

@@ -1,6 +1,7 @@
 // What the primitives share: arrays as plain memory, and running on the CPU's stream.
 #pragma once
 
+#include <atomic>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -28,6 +29,9 @@ inline Type type_of(const array& a) {
   if (a.dtype() == mx::float32) return Type::f32;
   return a.dtype() == mx::bfloat16 ? Type::bf16 : Type::f16;
 }
+
+// Whether packed matrices take activations as whole numbers of 8 bits.
+inline std::atomic<bool> takes_bytes{false};
 
 template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {

@@ -21,7 +21,8 @@ class QuantizedProduct : public OnCpu {
     return [group = group_, bits = bits_](const std::vector<array>& in, array& out) {
       Straight x(in[0]), words(in[1]), scales(in[2]), biases(in[3]);
       Matrix a{words.data(), type_of(in[2]), size_t(in[1].shape(0)), size_t(in[0].shape(-1)),
-               bits,         group,          scales.data(),          biases.data()};
+               bits,         group,          scales.data(),          biases.data(),
+               takes_bytes};
       mlk::matrix_product(Pool::shared(), chosen(), a, rows_of(in[0], x), out.data<char>());
     };
   }
@@ -180,6 +181,8 @@ array matmul(const array& x, const array& weight) {
   if (weight.shape(1) == 0) return mx::zeros(shape, x.dtype(), cpu());
   return array(shape, x.dtype(), std::make_shared<Product>(cpu()), {x, weight});
 }
+
+void use_byte_activations(bool asked) { takes_bytes = asked; }
 
 array rms_norm(const array& x, const array& weight, float eps) {
   require_float("x", x);

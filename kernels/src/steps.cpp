@@ -17,7 +17,8 @@ class Weights {
     scales_ = std::make_unique<Straight>(in[at + 1]);
     biases_ = std::make_unique<Straight>(in[at + 2]);
     matrix_ = {words_.data(), type_of(in[at + 1]), rows,           stored * 32 / how.bits,
-               how.bits,      how.group,           scales_->data(), biases_->data()};
+               how.bits,      how.group,           scales_->data(), biases_->data(),
+               takes_bytes};
   }
   const Matrix& get() const { return matrix_; }
 

@@ -130,17 +130,19 @@ void check_product(Pool& pool, const Table& table) {
   size_t m = between(0, 3) ? between(1, 8) : between(9, 70);
   Type x_type = any_type();
   Numbers a(bits, group, any_type(), rows, columns);
+  a.matrix.is_coarse = between(0, 2) == 0;
   Values x(x_type, normals(m * columns));
   std::vector<char> y(m * rows * size_of(x_type));
   matrix_product(pool, table, a.matrix, {x.bytes.data(), x_type, m, columns}, y.data());
   // Few rows may be counted in steps of 2^-23 of the largest activation of a group, many in steps of
-  // a 32767th: those move a sum by no more than weights times half a step.
-  const bool is_few = m <= few_rows;
+  // a 32767th, both coarsely of a 127th: these move a sum by no more than weights times half a step.
+  const bool is_fine = m <= few_rows && !a.matrix.is_coarse;
+  const double step = is_fine ? 2.02 * EPSILON : a.matrix.is_coarse ? 0.505 / 127 : 0.505 / 32767;
   std::vector<double> steps(m * columns, 0.0);
   for (size_t i = 0; bits && i < m * columns; i += group) {
     double largest = 0;
     for (int k = 0; k < group; ++k) largest = std::max(largest, std::abs(x.exact[i + k]));
-    for (int k = 0; k < group; ++k) steps[i + k] = largest * (is_few ? 2.02 : 0.505 / 32767 / EPSILON);
+    for (int k = 0; k < group; ++k) steps[i + k] = largest * step / EPSILON;
   }
   for (size_t i = 0; i < m; ++i) {
     for (size_t r = 0; r < rows; ++r) {
@@ -148,7 +150,7 @@ void check_product(Pool& pool, const Table& table) {
       for (size_t k = 0; k < columns; ++k) {
         expected += x.exact[i * columns + k] * a.exact[r * columns + k];
         size += std::abs(x.exact[i * columns + k]) * a.size[r * columns + k];
-        double weight = is_few ? a.size[r * columns + k] : std::abs(a.exact[r * columns + k]);
+        double weight = is_fine ? a.size[r * columns + k] : std::abs(a.exact[r * columns + k]);
         stepped += steps[i * columns + k] * weight;
       }
       double bound = ((std::sqrt(double(columns)) + 4) * size + stepped) * EPSILON;

@@ -3,7 +3,8 @@
 // A processor that adds products of bytes takes packed numbers as they are. An
 // activation is taken as a whole number of 24 bits, in three digits of a byte, times a power of two
 // that a group shares: what it loses is at most 2^-23 of the largest in its group. All sums of one
-// lane are exact; floats come in once a block, with the group's scale.
+// lane are exact; floats come in once a block, with the group's scale. Where it may be coarse, one
+// digit is all.
 #pragma once
 
 #include "mlx_llama_kernels/matrix.h"
@@ -69,16 +70,27 @@ static inline bool takes(const Matrix& a) {
   return a.bits == 2 || a.bits == 4 || (a.bits == 8 && HAS_VNNI) || (a.bits && HAS_STREAMS);
 }
 
+// A layout, and how many digits an activation has.
+template <class L, int N>
+struct With : L {
+  static constexpr int DIGITS = N;
+  static constexpr size_t X_BYTES = size_t(L::PARTS) * N * 4 * W;  // a block's activations
+};
+
 template <class Fn>
 static inline void by_layout(const Matrix& a, Fn f) {
+  auto with = [&](auto layout) {
+    using L = decltype(layout);
+    return a.is_coarse ? f(With<L, 1>{}) : f(With<L, 3>{});
+  };
   if constexpr (HAS_STREAMS) {
-    if (a.bits == 3) return f(Stream<3>{});
-    if (a.bits == 5) return f(Stream<5>{});
-    if (a.bits == 6) return f(Stream<6>{});
+    if (a.bits == 3) return with(Stream<3>{});
+    if (a.bits == 5) return with(Stream<5>{});
+    if (a.bits == 6) return with(Stream<6>{});
   }
-  if (a.bits == 2) return f(Bytes<2>{});
-  if (a.bits == 4) return f(Bytes<4>{});
-  f(Bytes<8>{});
+  if (a.bits == 2) return with(Bytes<2>{});
+  if (a.bits == 4) return with(Bytes<4>{});
+  with(Bytes<8>{});
 }
 
 // One row of activations: its digits by blocks, parts and their three places, highest first; and
@@ -96,13 +108,11 @@ struct Prepared {
     padded = (groups + W - 1) / W * W;
     uintptr_t aligned = (uintptr_t(memory) + 63) & ~uintptr_t(63);
     digits = reinterpret_cast<char*>(aligned) + m * bytes<L>();
-    units = reinterpret_cast<float*>(digits + blocks * block_bytes<L>());
+    units = reinterpret_cast<float*>(digits + blocks * L::X_BYTES);
     sums = units + padded;
   }
   template <class L>
-  static constexpr size_t block_bytes() { return size_t(L::PARTS) * 3 * 4 * W; }
-  template <class L>
-  size_t bytes() const { return blocks * block_bytes<L>() + 2 * padded * sizeof(float); }
+  size_t bytes() const { return blocks * L::X_BYTES + 2 * padded * sizeof(float); }
 };
 
 static inline size_t floats(const Matrix& a, size_t m) {
@@ -148,12 +158,35 @@ static inline float count(const float* values, size_t n, int32_t* whole, float* 
   return unit;
 }
 
+// The same with whole numbers of at most `most`, in place, as bits, and a unit that need not be a
+// power of two. `total` is the sum of what the whole numbers stand for.
+static inline float count_coarsely(float* values, size_t n, float most, float* total) {
+  F largest = {}, finite = {};
+  for (size_t i = 0; i < n; i += W) {
+    F value = load(values + i);
+    largest = larger((F)((U)value & 0x7fffffffu), largest);
+    finite += value - value;  // NaN where it is not
+  }
+  float size = 1e-30f;
+  for (int lane = 0; lane < W; ++lane) size = largest[lane] > size ? largest[lane] : size;
+  float unit = size / most + sum(finite), inverse = most / size;
+  I numbers = {};
+  for (size_t i = 0; i < n; i += W) {
+    I number = rounded(load(values + i) * inverse);
+    numbers += number;
+    store(values + i, (F)number);
+  }
+  *total = unit * sum(__builtin_convertvector(numbers, F));
+  return unit;
+}
+
 template <class L>
 static inline void place_digits(const int32_t* whole, int8_t* to) {
-  for (int i = 0; i < L::PARTS; ++i, to += 3 * 4 * W) {
+  for (int i = 0; i < L::PARTS; ++i, to += L::DIGITS * 4 * W) {
     for (int k = 0; k < 4 * W; ++k) {
       int32_t low = whole[k * L::PARTS + i], middle = (low + 128) >> 8, high = (middle + 128) >> 8;
-      to[k] = int8_t(high), to[4 * W + k] = int8_t(middle), to[2 * 4 * W + k] = int8_t(low);
+      if (L::DIGITS == 1) to[k] = int8_t(low);
+      else to[k] = int8_t(high), to[4 * W + k] = int8_t(middle), to[2 * 4 * W + k] = int8_t(low);
     }
   }
 }
@@ -172,11 +205,16 @@ static inline void prepare(const Matrix& a, const Rows& x, float* memory) {
         size_t n = x.n - start < AT_ONCE ? x.n - start : AT_ONCE;
         widen_row(x.type, x.data, m * x.n + start, values, n);
         for (size_t i = 0, g = start / a.group; i < n; i += a.group, ++g) {
-          p.units[g] = count(values + i, a.group, whole + i, p.sums + g);
+          if constexpr (L::DIGITS == 1) {
+            p.units[g] = count_coarsely(values + i, a.group, 127, p.sums + g);
+            __builtin_memcpy(whole + i, values + i, a.group * sizeof(float));
+          } else {
+            p.units[g] = count(values + i, a.group, whole + i, p.sums + g);
+          }
         }
         for (size_t i = n; i < AT_ONCE; ++i) whole[i] = 0;
         for (size_t i = 0; i < AT_ONCE && b < p.blocks; i += L::BLOCK, ++b) {
-          place_digits<L>(whole + i, to + b * Prepared::block_bytes<L>());
+          place_digits<L>(whole + i, to + b * L::X_BYTES);
         }
       }
     }
@@ -193,19 +231,21 @@ static inline void row_products(const Matrix& a, const Prepared& x, size_t row, 
   for (int lane = 0; lane < W; ++lane) lanes[lane] = lane * 4 * L::PARTS / a.group;
   F total[R] = {}, scale[R];
   auto block = [&](const char* from, size_t stride, size_t b, I lanes) __attribute__((always_inline)) {
-    const char* digits = x.digits + b * Prepared::block_bytes<L>();
+    const char* digits = x.digits + b * L::X_BYTES;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       U raw = L::raw(from + r * stride);
       auto place = [&](I sums, int which) __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int i = 0; i < L::PARTS; ++i) {
-          sums = dots(sums, L::part(raw, i), load_bits(digits + (i * 3 + which) * 4 * W));
+          sums = dots(sums, L::part(raw, i), load_bits(digits + (i * L::DIGITS + which) * 4 * W));
         }
         return sums;
       };
       F dot;
-      if constexpr (L::IS_LARGE) {
+      if constexpr (L::DIGITS == 1) {
+        dot = __builtin_convertvector(place(I{}, 0), F);
+      } else if constexpr (L::IS_LARGE) {
         I high = place(I{}, 0), low = place(place(I{}, 1) << 8, 2);
         dot = __builtin_convertvector(high, F) * 65536.0f + __builtin_convertvector(low, F);
       } else {

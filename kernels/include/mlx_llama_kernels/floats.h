@@ -70,7 +70,7 @@ struct Floats {
 
   static inline void fill(const Matrix& a, size_t row, size_t start, size_t depth, float* panel) {
     for (int half = 0; half < 2; ++half, row += W, panel += W) {
-      switch (W < 8 ? a.bits : 0) {  // longer vectors count packed numbers, see pairs.h
+      switch (W < 8 ? a.bits : 0) {  // longer vectors count packed numbers, see counted.h
         case 0:
           typed(a.type, [&](auto* t) {
             using T = std::remove_pointer_t<decltype(t)>;

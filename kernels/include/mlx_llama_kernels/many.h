@@ -2,8 +2,8 @@
 // so that a number is unpacked once for all of them.
 #pragma once
 
+#include "mlx_llama_kernels/counted.h"
 #include "mlx_llama_kernels/floats.h"
-#include "mlx_llama_kernels/pairs.h"
 
 namespace mlk::MLK_ISA {
 
@@ -13,7 +13,9 @@ constexpr size_t MOST_PANELS = 1;
 template <class Fn>
 static inline void by_kind([[maybe_unused]] const Matrix& a, Fn f) {
 #if MLK_LANES >= 8
-  if (a.bits) return f(Pairs{});
+  // Without VNNI the sum of two products of 8 bits each may leave 16.
+  if (a.is_coarse && (digits::HAS_VNNI ? a.bits > 0 : a.bits > 0 && a.bits < 8)) return f(Counted<4>{});
+  if (a.bits) return f(Counted<2>{});
 #endif
   f(Floats{});
 }

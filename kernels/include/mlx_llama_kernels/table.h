@@ -33,6 +33,7 @@ struct Matrix {
   int group = 0;  // 32, 64 or 128
   const void* scales = nullptr;  // (rows, columns / group)
   const void* biases = nullptr;  // as scales
+  bool is_coarse = false;        // whether activations may be taken as whole numbers of 8 bits
 };
 
 // Rows of activations (m, n), row after row.
