@@ -17,8 +17,6 @@ from mlx_llama.cache.view import View
 from mlx_llama.config import QuantFormat
 
 INTERFACE = 4  # of the extension: one that was built of older sources is refused
-MOST_GROUPS = 4096  # of a matrix's row
-MOST_HEAD_DIM = 512
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)
@@ -69,11 +67,18 @@ def takes_format(form: QuantFormat) -> bool:
     return form.mode == "affine" and form.bits in BITS and form.group_size in GROUPS
 
 
+def _limits() -> Any:
+    """Return what names the largest sizes that are taken: the extension, which must be there."""
+    ours = kernels()
+    assert ours is not None
+    return ours
+
+
 def takes_product(x: mx.array, scales: mx.array, form: QuantFormat) -> bool:
     """Whether the kernels multiply x by a matrix of this format and these scales."""
     return (
         takes_format(form)
-        and x.shape[-1] <= MOST_GROUPS * form.group_size
+        and x.shape[-1] <= _limits().MOST_GROUPS * form.group_size
         and (x.dtype == mx.float32 or x.dtype == scales.dtype)
     )
 
@@ -85,7 +90,7 @@ def takes_dense(x: mx.array, weight: mx.array) -> bool:
 
 def takes_heads(x: mx.array) -> bool:
     """Whether the kernels rotate x (B, heads, L, D)."""
-    return x.dtype in FLOATS and x.shape[-1] % 2 == 0 and x.shape[-1] <= MOST_HEAD_DIM
+    return x.dtype in FLOATS and x.shape[-1] % 2 == 0 and x.shape[-1] <= _limits().MOST_HEAD_DIM
 
 
 def takes_view(q: mx.array, view: View) -> bool:
@@ -93,7 +98,7 @@ def takes_view(q: mx.array, view: View) -> bool:
     stored = [tuple((rows.bits, rows.group) for rows in part) for part in view.parts]
     floats = (q, *(rows.arrays[-1] for part in view.parts for rows in part))
     return (
-        q.shape[-1] <= MOST_HEAD_DIM
+        q.shape[-1] <= _limits().MOST_HEAD_DIM
         and len(set(stored)) == 1
         and all(array.dtype in FLOATS for array in floats)
     )
@@ -110,9 +115,11 @@ class Held:
 
 def held(arrays: list[mx.array], form: QuantFormat | None) -> Held | None:
     """Return a matrix of these arrays as the kernels take it; None where they do not."""
+    if kernels() is None:
+        return None
     if form is None:
         return Held(arrays) if arrays[0].dtype in FLOATS else None
-    fits = takes_format(form) and arrays[-1].shape[-1] <= MOST_GROUPS
+    fits = takes_format(form) and arrays[-1].shape[-1] <= _limits().MOST_GROUPS
     return Held(arrays, form.group_size, form.bits) if fits else None
 
 

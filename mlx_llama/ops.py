@@ -252,7 +252,7 @@ def turned_heads(
     norm: weight and epsilon.
     """
     ours = _row_kernels(h)
-    if ours is None or wqkv is None or 2 * periods.size > native.MOST_HEAD_DIM:
+    if ours is None or wqkv is None or 2 * periods.size > ours.MOST_HEAD_DIM:
         return None
     how = wqkv.arrays, wqkv.group_size, wqkv.bits
     return ours.turned_heads(h, *norm, *how, periods, offset, n_turned)

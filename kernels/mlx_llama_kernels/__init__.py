@@ -19,6 +19,8 @@ if mx.__version__ != MLX_VERSION:
 INTERFACE = 4  # grows whenever a function is added or takes something else; mlx_llama asks for it
 
 from mlx_llama_kernels._kernels import (
+    MOST_GROUPS,
+    MOST_HEAD_DIM,
     attended,
     attention,
     feed_forward,
@@ -39,6 +41,8 @@ from mlx_llama_kernels._kernels import (
 __all__ = [
     "INTERFACE",
     "MLX_VERSION",
+    "MOST_GROUPS",
+    "MOST_HEAD_DIM",
     "attended",
     "attention",
     "feed_forward",

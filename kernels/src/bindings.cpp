@@ -10,6 +10,8 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 NB_MODULE(_kernels, m) {
+  m.attr("MOST_GROUPS") = mlk::most_row_groups;
+  m.attr("MOST_HEAD_DIM") = mlk::most_dim;
   m.def("quantized_matmul", &mlk::graph::quantized_matmul, "x"_a, "weight"_a, "scales"_a, "biases"_a,
         nb::kw_only(), "group_size"_a, "bits"_a,
         "x (..., in) times the transposed packed matrix (out, in * bits / 32) -> (..., out).");

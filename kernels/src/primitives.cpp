@@ -146,8 +146,9 @@ void require_packed(int columns, const array& weight, const array& scales, const
     refuse("group_size: found ", group_size, ", expected 32, 64 or 128");
   }
   if (weight.ndim() != 2) refuse("weight: found ", weight.ndim(), " dimensions, expected 2");
-  if (columns % group_size || columns > 4096 * group_size) {
-    refuse("x: rows of ", columns, ", expected a multiple of ", group_size, ", at most 4096 times");
+  if (columns % group_size || columns > int64_t(most_row_groups) * group_size) {
+    refuse("x: rows of ", columns, ", expected a multiple of ", group_size, ", at most ", most_row_groups,
+           " times");
   }
   if (weight.shape(1) != columns * int64_t(bits) / 32) {
     refuse("weight: rows of ", weight.shape(1), " words, expected ", columns * int64_t(bits) / 32);
@@ -203,8 +204,8 @@ array swiglu(const array& x) {
 
 array rotate(const array& x, const array& periods, int offset) {
   require_float("x", x);
-  if (x.ndim() != 4 || x.shape(3) % 2 || x.shape(3) > 1024) {
-    refuse("x: expected (batch, heads, rows, dim), dim even and at most 1024");
+  if (x.ndim() != 4 || x.shape(3) % 2 || size_t(x.shape(3)) > most_dim) {
+    refuse("x: expected (batch, heads, rows, dim), dim even and at most ", most_dim);
   }
   if (periods.dtype() != mx::float32 || periods.ndim() != 1 ||
       periods.shape(0) != x.shape(3) / 2) {
@@ -256,8 +257,8 @@ Cached take_cached(const array& q, const std::vector<std::vector<array>>& keys,
                    const std::vector<std::vector<array>>& values, float scale,
                    const std::optional<array>& sight, std::vector<array>& inputs) {
   require_float("q", q);
-  if (q.ndim() != 4 || q.shape(3) > 512 || q.shape(3) == 0 || q.shape(1) == 0) {
-    refuse("q: expected (batch, heads, rows, dim), with heads, dim up to 512");
+  if (q.ndim() != 4 || size_t(q.shape(3)) > most_dim || q.shape(3) == 0 || q.shape(1) == 0) {
+    refuse("q: expected (batch, heads, rows, dim), with heads, dim up to ", most_dim);
   }
   if (keys.empty() || keys.size() != values.size()) {
     refuse("keys and values: found ", keys.size(), " and ", values.size(), " parts, expected as many");

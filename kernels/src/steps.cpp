@@ -187,8 +187,8 @@ array turned_heads(const array& h, const array& norm, float eps, const Arrays& w
   int dim = require_row(h);
   require_norm(h, norm);
   if (periods.dtype() != mx::float32 || periods.ndim() != 1 || periods.shape(0) == 0 ||
-      periods.shape(0) > 512) {
-    refuse("periods: expected at most 512 numbers in float32");
+      2 * size_t(periods.shape(0)) > most_dim) {
+    refuse("periods: expected at most ", most_dim / 2, " numbers in float32");
   }
   Storage packing{bits, group_size};
   std::vector<array> inputs{h, norm, periods};

@@ -63,7 +63,8 @@ static inline void widen_scales(const Matrix& a, const void* from, size_t row, f
 template <class L, int M>
 static inline void row_product(const Matrix& a, const float* prepared, size_t row, size_t blocks,
                                I lanes, float* out) {
-  float scales[L::IS_PACKED ? MOST_GROUPS + 2 * W : 1], biases[L::IS_PACKED ? MOST_GROUPS + 2 * W : 1];
+  constexpr size_t held = L::IS_PACKED ? most_row_groups + 2 * W : 1;
+  float scales[held], biases[held];
   if constexpr (L::IS_PACKED) {
     widen_scales(a, a.scales, row, scales);
     widen_scales(a, a.biases, row, biases);

@@ -9,8 +9,7 @@
 
 namespace mlk::MLK_ISA {
 
-constexpr size_t MOST_GROUPS = 4096;  // of a row, held on the stack: 131072 columns at least
-constexpr size_t AHEAD = 2048;        // bytes that are asked of the memory before they are used
+constexpr size_t AHEAD = 2048;  // bytes that are asked of the memory before they are used
 
 // Packed numbers, of which each 32-bit word holds a whole number: 2, 4 and 8 bits. They are taken
 // out by a mask without a shift: a number that stands b bits up is 2^b times too large, its

@@ -59,7 +59,7 @@ static inline size_t place(const Heads& x, size_t batch, size_t head, size_t row
 
 // Half-split pairs: number i turns with number i + dim / 2.
 static void rotate(const Heads& x, const float* angles, void* y, size_t first, size_t last) {
-  float row[1024];
+  float row[most_dim];
   size_t half = x.dim / 2;
   for (size_t part = first; part < last; ++part) {
     for (size_t m = 0; m < x.m; ++m) {

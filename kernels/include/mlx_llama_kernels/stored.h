@@ -13,8 +13,6 @@
 
 namespace mlk::MLK_ISA {
 
-constexpr size_t most_dim = 512;
-
 static inline size_t up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
 

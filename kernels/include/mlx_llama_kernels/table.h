@@ -108,6 +108,10 @@ struct Table {
 
 constexpr size_t few_rows = 5;
 
+// The largest that are taken, as they are held on the stack.
+constexpr size_t most_row_groups = 4096;  // of a packed row: 131072 columns at least
+constexpr size_t most_dim = 512;      // of a head
+
 const Table* table_baseline();
 #if defined(__x86_64__)
 const Table* table_avx2();

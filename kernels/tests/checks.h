@@ -1,0 +1,23 @@
+// What is checked: a random case of each operation, unless said otherwise. Exits where it fails.
+#pragma once
+
+#include "operations.h"
+
+namespace mlk {
+
+void check_product(Pool&, const Table&);
+// What is not finite stays in its row of activations, and shows there.
+void check_not_finite(Pool&, const Table&, float bad);
+void check_rows(Pool&, const Table&);
+void check_rotation(Pool&, const Table&);
+void check_attention(Pool&, const Table&);
+// One query over a long cache keeps every thread busy, however many parts the rows are cut into.
+void check_sharing(const Table&);
+// What lies between two products, at once: the same numbers as one after the other.
+void check_joined(Pool&, const Table&);
+// After each operation the thread's vector registers must be as narrow code expects them.
+void check_registers(const Table&);
+void check_likeliest();
+void check_pool();
+
+}  // namespace mlk

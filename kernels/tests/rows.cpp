@@ -1,0 +1,55 @@
+#include "caches.h"
+#include "checks.h"
+
+namespace mlk {
+
+void check_rows(Pool& pool, const Table& table) {
+  size_t m = between(1, 9), n = between(1, 1500);
+  Type type = any_type(), weight_type = any_type();
+  Values x(type, normals(m * n)), weight(weight_type, normals(n));
+  std::vector<char> y(m * n * size_of(type));
+  rms_norm(pool, table, {x.bytes.data(), type, m, n}, weight.bytes.data(), weight_type, 1e-5f, y.data());
+  for (size_t i = 0; i < m; ++i) {
+    double squares = 0;
+    for (size_t k = 0; k < n; ++k) squares += x.exact[i * n + k] * x.exact[i * n + k];
+    double scale = 1 / std::sqrt(squares / n + 1e-5);
+    for (size_t k = 0; k < n; ++k) {
+      double expected = x.exact[i * n + k] * scale * weight.exact[k];
+      require(read(type, y, i * n + k), expected, 1e-6 * std::abs(expected) + rounding(type, expected),
+              "RMSNorm");
+    }
+  }
+  Values pairs(type, normals(m * 2 * n));
+  swiglu(pool, table, {pairs.bytes.data(), type, m, 2 * n}, y.data());
+  for (size_t i = 0; i < m * n; ++i) {
+    double gate = pairs.exact[i / n * 2 * n + i % n], up = pairs.exact[i / n * 2 * n + n + i % n];
+    double expected = gate / (1 + std::exp(-gate)) * up;
+    require(read(type, y, i), expected, 1e-6 * std::abs(expected) + rounding(type, expected), "SwiGLU");
+  }
+}
+
+void check_rotation(Pool& pool, const Table& table) {
+  size_t batch = between(1, 2), heads = between(1, 5), m = between(1, 9), dim = 2 * between(1, 70);
+  Type type = any_type();
+  Values x(type, normals(batch * heads * m * dim));
+  Heads in = heads_of(x, batch, heads, m, dim, between(0, 1));
+  std::vector<float> periods(dim / 2);
+  for (float& p : periods) p = std::exp(std::abs(normal()) * 3);
+  int offset = between(0, 1000);
+  std::vector<char> y(x.bytes.size());
+  rotate(pool, table, in, periods.data(), offset, y.data());
+  for (size_t part = 0; part < batch * heads; ++part) {
+    for (size_t i = 0; i < m * dim; ++i) {
+      size_t row = i / dim, d = i % dim, pair = d % (dim / 2);
+      size_t from = part / heads * in.stride_batch + part % heads * in.stride_head + row * in.stride_row;
+      double a = x.exact[from + pair], b = x.exact[from + pair + dim / 2];
+      double angle = double(float(offset + int(row)) * (1.0f / periods[pair]));
+      double expected = d < dim / 2 ? a * std::cos(angle) - b * std::sin(angle)
+                                    : a * std::sin(angle) + b * std::cos(angle);
+      double bound = 4 * EPSILON * (std::abs(a) + std::abs(b)) + rounding(type, expected);
+      require(read(type, y, part * m * dim + i), expected, bound, "rotation");
+    }
+  }
+}
+
+}  // namespace mlk
