@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import mlx.core as mx
@@ -170,6 +171,8 @@ def load(
     ops.use_threads(options.threads)
     directory = path if isinstance(path, ModelDirectory) else open_model_directory(Path(path))
     config, chosen = directory.config_with(options), directory.dtype_with(options)
+    # Beside the reading of weights, which leaves the interpreter to others.
+    Thread(target=directory.tokenizer.prepare, name="tokenizer").start()
     model = build_model(config, directory.arrays(), dtype=chosen, on_block=on_block)
     return Llama(
         model,

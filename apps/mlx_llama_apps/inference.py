@@ -206,11 +206,12 @@ def model_loader(
     status: StatusLine,
     *,
     needed: int | None = None,
+    on_open: Callable[[], None] | None = None,
 ) -> Callable[[], Llama]:
     """Return what loads a model on the inference thread, telling the layers done.
 
     What will not fit into memory is refused before the first weight is read. needed: tokens that
-    prompt and answer take, where they are known.
+    prompt and answer take, where they are known. on_open is called before the first weight is read.
     """
 
     threads = load_options.threads or 0
@@ -238,6 +239,8 @@ def model_loader(
             weights=directory.loaded_bytes(dtype),
             needed=needed,
         ).require_memory()
+        if on_open is not None:
+            on_open()
         return load(directory, **asdict(load_options), on_block=on_block)
 
     return load

@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Protocol
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_llama.cache.rows import KVBits, Layer, Stored, group_size
 from mlx_llama.cache.view import Sight, View
@@ -242,6 +241,8 @@ class KVCache:
             return Sight(start, n_tokens)
         if n_tokens == 1 and start + 1 - window.first >= window.span:
             return Sight(start, 1)  # a full ring: everything is seen
+        import numpy as np
+
         held = np.arange(start) if window.is_straight else window.tokens_of_rows()
         if n_tokens > 1:
             own = np.arange(start, start + n_tokens)
@@ -346,6 +347,8 @@ class KVCache:
 
     def _turn_back(self) -> Iterator[None]:
         """Turn the keys behind the kept ones back, a few rows of a layer at a time."""
+        import numpy as np
+
         positions = np.maximum(self.window.tokens_of_rows() - self.window.shift, 0)
         turned_window = copy.copy(self.window)
         delta = turned_window.turn()

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_llama.cache.rows import PLAIN, Stored
 from mlx_llama.cache.window import Window
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Sees(Enum):
@@ -61,6 +64,8 @@ class Sight:
         if self.tokens is None or self.window is None:
             return None
         if n_queries not in self._bounds:
+            import numpy as np
+
             first, last = self.window.seen_by(self.tokens)
             start = self.start + self.n_tokens - n_queries
             counted = np.clip(np.stack([first, last]) - start, -1, n_queries)
@@ -74,6 +79,8 @@ class Sight:
                 return Sees.ALL
             queries = mx.arange(end - n_queries, end)
             return mx.arange(start, stop)[None] <= queries[:, None]
+        import numpy as np
+
         seen = self.window.visible(np.arange(end - n_queries, end), self.tokens[start:stop])
         if seen.all():
             return Sees.ALL

@@ -9,10 +9,12 @@ that the model was trained for.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from mlx_llama.errors import ContextOverflowError, OptionError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Turning positions back rewrites every key, so it must buy this share of the trained range.
 TURN_SHARE = 16
@@ -181,6 +183,8 @@ class Window:
 
     def tokens_of_rows(self) -> np.ndarray:
         """Return the token that each row of a whole ring holds, (capacity,) int64; -1 for none."""
+        import numpy as np
+
         rows = np.arange(self.capacity)
         newest = self.offset - 1
         ring = newest - (newest - rows) % self.span  # the newest token that falls on each row
@@ -199,5 +203,7 @@ class Window:
 
         It is what `visible` says; of -1, which nobody sees, the last comes before the first.
         """
+        import numpy as np
+
         last = np.where(tokens < self.keep, NEVER, tokens + self.span - 1)
         return tokens, np.where(tokens < 0, -2, last)

@@ -54,6 +54,10 @@ class Tokenizer(Protocol):
         """Return the ids of tokens that no user text produces, by every name they go by."""
         ...
 
+    def prepare(self) -> None:
+        """Do now, on any thread, what else the first `encode` or `decode` would do."""
+        ...
+
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the ids of `text`; names of special tokens in it are plain text."""
         ...

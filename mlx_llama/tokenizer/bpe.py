@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import binascii
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import repeat
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 
 import tiktoken
@@ -81,23 +84,47 @@ class BpeTokenizer:
 
     family = "tiktoken"
 
-    def __init__(self, path: Path, ranks: dict[bytes, int], specials: Sequence[str]) -> None:
-        """Take checked ranks 0..n-1 and the names of the tokens that follow them."""
+    def __init__(
+        self,
+        path: Path,
+        n_ranks: int,
+        specials: Sequence[str],
+        ranks: Callable[[], dict[bytes, int]],
+    ) -> None:
+        """Take what gives the checked ranks 0..n_ranks-1, and the names of the tokens after them.
+
+        It is called once, when they are needed.
+        """
         self.path = path
-        self.n_ranks = len(ranks)
-        self.vocab_size = len(ranks) + len(specials)
+        self.n_ranks = n_ranks
+        self.vocab_size = n_ranks + len(specials)
         self.special_names = tuple(specials)
         self.special_tokens: Mapping[str, int] = MappingProxyType(
             with_aliases(specials, self.n_ranks)
         )
         self.bos_id = self.special_tokens["<|begin_of_text|>"]
         self.eos_id = self.special_tokens["<|end_of_text|>"]
-        self._encoding = tiktoken.Encoding(
-            name=path.name,
-            pat_str=PATTERN,
-            mergeable_ranks=ranks,
-            special_tokens={name: self.n_ranks + i for i, name in enumerate(specials)},
-        )
+        self._ranks = ranks
+        self._made: tiktoken.Encoding | None = None
+        self._making = Lock()
+
+    def prepare(self) -> None:
+        """Build tiktoken's tables now, on any thread, instead of when they are first needed."""
+        with self._making:
+            if self._made is None:
+                self._made = tiktoken.Encoding(
+                    name=self.path.name,
+                    pat_str=PATTERN,
+                    mergeable_ranks=self._ranks(),
+                    special_tokens={n: self.n_ranks + i for i, n in enumerate(self.special_names)},
+                )
+
+    @property
+    def _encoding(self) -> tiktoken.Encoding:
+        if self._made is None:
+            self.prepare()
+        assert self._made is not None
+        return self._made
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the ids of `text`; names of special tokens in it are plain text."""
@@ -157,8 +184,34 @@ def read_tiktoken(path: Path, data: bytes) -> BpeTokenizer:
     """Read lines of `base64 rank`; the special tokens follow as in Meta's code."""
     if (n_lines := data.count(b"\n")) > MAX_RANKS:
         raise TokenizerError(f"{path}: {n_lines} lines, at most {MAX_RANKS} are sane")
+    lines = data.splitlines()
+    ranks = _sound_ranks(lines) or _checked_ranks(path, lines)
+    check_bytes(path, sum(bytes((value,)) in ranks for value in range(256)), len(ranks))
+    return BpeTokenizer(path, len(ranks), special_names("meta"), lambda: ranks)
+
+
+def _sound_ranks(lines: Sequence[bytes]) -> dict[bytes, int] | None:
+    """Return the ranks of a file without a fault, by functions that run over whole lists.
+
+    None where anything is not as expected.
+    """
+    if set(map(bytes.count, lines, repeat(b" "))) != {1}:
+        return None
+    parts = b" ".join(lines).split(b" ")
+    if parts[1::2] != list(map(b"%d".__mod__, range(len(lines)))):
+        return None
+    try:
+        tokens = list(map(partial(binascii.a2b_base64, strict_mode=True), parts[::2]))
+    except binascii.Error:
+        return None
+    ranks = dict(zip(tokens, range(len(tokens)), strict=True))
+    return ranks if len(ranks) == len(tokens) and b"" not in ranks else None
+
+
+def _checked_ranks(path: Path, lines: Sequence[bytes]) -> dict[bytes, int]:
+    """Return the ranks, looking at line by line; TokenizerError names the first at fault."""
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(data.splitlines()):
+    for number, line in enumerate(lines):
         token, _, rank = line.partition(b" ")
         if rank != b"%d" % number:
             raise _damaged(path, number, f"rank {_shown(rank)}, expected {number}")
@@ -169,16 +222,14 @@ def read_tiktoken(path: Path, data: bytes) -> BpeTokenizer:
         if not token or token in ranks:
             raise _damaged(path, number, "the same token twice" if token else "an empty token")
         ranks[token] = number
-    check_ranks(path, ranks)
-    return BpeTokenizer(path, ranks, special_names("meta"))
+    return ranks
 
 
-def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
+def check_bytes(path: Path, n_bytes: int, n_tokens: int) -> None:
     """Raise TokenizerError unless every single byte is a token."""
-    n_bytes = sum(bytes((value,)) in ranks for value in range(256))
     if n_bytes < 256:
         raise TokenizerError(
-            f"{path}: only {n_bytes} of the 256 single bytes are among its {len(ranks)} tokens; "
+            f"{path}: only {n_bytes} of the 256 single bytes are among its {n_tokens} tokens; "
             "the file is incomplete, copy it again"
         )
 

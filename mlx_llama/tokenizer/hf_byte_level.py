@@ -6,18 +6,21 @@ Takes a checked `HfFile`, returns the tokenizer that Meta's own file gives.
 from __future__ import annotations
 
 import codecs
-from bisect import bisect
-from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+import operator
+import re
+from collections.abc import Container, Sequence
+from functools import partial
+from itertools import compress
 from pathlib import Path
+from struct import Struct
 
-from mlx_llama.tokenizer.bpe import PATTERN, BpeTokenizer, check_ranks
+from mlx_llama.tokenizer.bpe import PATTERN, BpeTokenizer, check_bytes
 from mlx_llama.tokenizer.hf_json import HfFile, WrongFileError, check_ids_run, names_of
 from mlx_llama.tokenizer.spm_proto import splits
 
-# One token in so many has all its splits looked up among the merges: enough to know a list that
-# was derived from ranks from one that was trained, at little of the time.
-_SAMPLE_STEP = 16
+# So many tokens at least have all their splits looked up among the merges: enough to know a list
+# that was derived from ranks from one that was trained, at little of the time.
+_SAMPLE = 2048
 _NEEDED = ("<|begin_of_text|>", "<|end_of_text|>")
 
 
@@ -33,6 +36,7 @@ def byte_alphabet() -> list[str]:
 
 
 _STAND_INS = codecs.charmap_build("".join(byte_alphabet()))
+_WRITTEN = re.compile(f"[{re.escape(''.join(byte_alphabet()))}]*")
 
 
 def read_byte_level(path: Path, file: HfFile) -> BpeTokenizer:
@@ -46,10 +50,14 @@ def read_byte_level(path: Path, file: HfFile) -> BpeTokenizer:
     for name in _NEEDED:
         if name not in file.added:
             raise WrongFileError(f"no {name} among its added tokens; not a Llama 3 tokenizer")
-    ranks = _ranks(vocab)
-    check_ranks(path, ranks)
-    _check_merges(vocab, file.merges)
-    return BpeTokenizer(path, ranks, sorted(file.added, key=file.added.__getitem__))
+    tokens = list(vocab)
+    if list(vocab.values()) != list(range(len(vocab))):
+        tokens.sort(key=vocab.__getitem__)
+    _check_letters(tokens)
+    check_bytes(path, sum(stand_in in vocab for stand_in in byte_alphabet()), len(vocab))
+    _check_merges(tokens, vocab, file.merges)
+    specials = sorted(file.added, key=file.added.__getitem__)
+    return BpeTokenizer(path, len(vocab), specials, partial(_ranks, tokens))
 
 
 def _check_steps(file: HfFile) -> None:
@@ -73,26 +81,36 @@ def _check_steps(file: HfFile) -> None:
         raise WrongFileError("the settings of its pre-tokenizer are not Llama 3's")
 
 
-def _ranks(vocab: Mapping[str, int]) -> dict[bytes, int]:
-    tokens = list(vocab)
-    if list(vocab.values()) != list(range(len(vocab))):
-        tokens.sort(key=vocab.__getitem__)
-    ends = list(accumulate(map(len, tokens), initial=0))
-    try:
-        # All at once: a character is a byte, so that what is cut here is cut there.
-        data, _ = codecs.charmap_encode("".join(tokens), "strict", _STAND_INS)
-    except UnicodeEncodeError as error:
-        wrong = tokens[bisect(ends, error.start) - 1]
-        raise WrongFileError(f"token {wrong!r:.40} is not written in the byte alphabet") from error
-    return {data[start:end]: rank for rank, (start, end) in enumerate(pairwise(ends))}
+# A file has 128,000 tokens and 280,000 merges, so that they are looked at by functions that run
+# over whole lists.
 
 
-def _check_merges(vocab: Mapping[str, int], merges: Sequence[str]) -> None:
+def _ranks(tokens: Sequence[str]) -> dict[bytes, int]:
+    """Return the rank of each token's bytes; tokens: in the order of their ids."""
+    # All at once: a character is a byte, so that what is cut here is cut there.
+    data, _ = codecs.charmap_encode("".join(tokens), "strict", _STAND_INS)
+    lengths = list(map(len, tokens))
+    fields = [f"{n}s" for n in range(max(lengths, default=0) + 1)]
+    cut = Struct("".join(map(fields.__getitem__, lengths))).unpack(data)
+    return dict(zip(cut, range(len(cut)), strict=True))
+
+
+def _check_letters(tokens: Sequence[str]) -> None:
+    """Raise unless every token is written in the byte alphabet."""
+    if not _WRITTEN.fullmatch("".join(tokens)):
+        wrong = next(token for token in tokens if not _WRITTEN.fullmatch(token))
+        raise WrongFileError(f"token {wrong!r:.40} is not written in the byte alphabet")
+
+
+def _check_merges(tokens: Sequence[str], vocab: Container[str], merges: Sequence[str]) -> None:
     """Raise unless the merges say what tiktoken does: any pair that joins, lowest id first."""
-    results = [vocab.get(merge.replace(" ", ""), -1) for merge in merges]
-    if -1 in results or results != sorted(results):
+    # A merge with a line break would make two, and neither would be a token.
+    joined = "\n".join(merges).replace(" ", "").split("\n") if merges else []
+    results = joined[:1] + list(compress(joined[1:], map(operator.ne, joined[1:], joined)))
+    unseen = iter(tokens)  # a search leaves it behind what was found
+    if not all(result in unseen for result in results):
         raise WrongFileError("its merges do not follow the order of its ids, as Llama 3's do")
-    sample = list(vocab)[::_SAMPLE_STEP]
+    sample = tokens[:: max(1, len(tokens) // _SAMPLE)]
     pairs = {f"{left} {right}" for token in sample for left, right in splits(token, vocab)}
     if pairs.difference(merges):
         raise WrongFileError("its merges leave out pairs that Llama 3's list has")

@@ -94,9 +94,9 @@ def _vocab(raw: object) -> dict[str, int]:
         raise WrongFileError("a vocabulary that is no table of token and id")
     if len(raw) > MAX_TOKENS:
         raise WrongFileError(f"{len(raw)} tokens, at most {MAX_TOKENS} are sane")
-    for token, token_id in raw.items():
-        if type(token_id) is not int or len(token) > MAX_TOKEN_CHARS:
-            raise WrongFileError(f"token {token!r:.40} has no whole number as id, or is too long")
+    if set(map(type, raw.values())) - {int} or max(map(len, raw), default=0) > MAX_TOKEN_CHARS:
+        wrong = next(t for t, i in raw.items() if type(i) is not int or len(t) > MAX_TOKEN_CHARS)
+        raise WrongFileError(f"token {wrong!r:.40} has no whole number as id, or is too long")
     return raw
 
 

@@ -50,6 +50,9 @@ class SentencePieceTokenizer:
             }
         )
 
+    def prepare(self) -> None:
+        """Do nothing: SentencePiece is ready when its file is read."""
+
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the ids of `text`; a leading space is added to it, as in training."""
         ids = self._processor.encode(_sound(text))

@@ -232,7 +232,7 @@ def _rope_factors(config: ModelConfig) -> np.ndarray | None:
     if config.rope_scaling is None:
         return None
     plain = rope_frequencies(replace(config, rope_scaling=None))
-    return (plain / rope_frequencies(config)).astype(np.float32)
+    return np.asarray(plain) / np.asarray(rope_frequencies(config))
 
 
 def _entry(key: str, value: str | int | float) -> bytes:

@@ -133,14 +133,14 @@ def _model_of(saved: SavedChat) -> Path:
 
 
 def _loader(
-    path: Path, settings: Settings, status: StatusLine
+    path: Path, settings: Settings, status: StatusLine, on_open: Callable[[], None]
 ) -> Callable[[Mapping[str, Any]], Llama]:
     def load(options: Mapping[str, Any]) -> Llama:
         from mlx_llama.options import ContextOptions, LoadOptions
         from mlx_llama_apps.inference import model_loader
 
         context = ContextOptions(**settings.group("context"))
-        return model_loader(path, LoadOptions(**options), context, status)()
+        return model_loader(path, LoadOptions(**options), context, status, on_open=on_open)()
 
     return load
 
@@ -151,11 +151,12 @@ def _begin(
     folders: Folders,
     saved: SavedChat | None,
     status: StatusLine,
+    on_open: Callable[[], None] = lambda: None,
 ) -> Callable[[], Talk]:
     def begin() -> Talk:
         from mlx_llama_apps.chat.talk import Talk
 
-        talk = Talk(_loader(path, settings, status), settings, folders)
+        talk = Talk(_loader(path, settings, status, on_open), settings, folders)
         if saved is not None:
             talk.resumed = talk.resume(saved)
         return talk
@@ -167,20 +168,23 @@ def _converse(path: Path, settings: Settings, folders: Folders, saved: SavedChat
     from mlx_llama_apps.chat.hush import hushed
     from mlx_llama_apps.inference import Inference
 
-    # The line editor and rich are imported while the weights are read.
-    threading.Thread(target=_import_screen, daemon=True).start()
     status = StatusLine()
     with status, ExitStack() as stack:
         with hushed():  # what is typed meanwhile waits for the prompt
             inference = stack.enter_context(
-                Inference(_begin(path, settings, folders, saved, status))
+                Inference(_begin(path, settings, folders, saved, status, _begin_screen))
             )
         status.close()
         _talk_at_terminal(inference, settings, folders, saved)
 
 
-def _import_screen() -> None:
-    import mlx_llama_apps.chat.conversation  # noqa: F401
+def _begin_screen() -> None:
+    """Import the line editor and rich, while the weights are read: that is no work of Python's."""
+
+    def work() -> None:
+        import mlx_llama_apps.chat.conversation  # noqa: F401
+
+    threading.Thread(target=work, name="screen", daemon=True).start()
 
 
 def _talk_at_terminal(
