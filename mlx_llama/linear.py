@@ -122,7 +122,7 @@ def stack_rows(parts: Sequence[Matrix]) -> Matrix:
 
 
 def _joined(arrays: list[mx.array]) -> mx.array:
-    return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=0)
+    return arrays[0] if len(arrays) == 1 else ops.join_rows(arrays)
 
 
 def held(matrix: Matrix) -> ops.Held | None:

@@ -124,6 +124,11 @@ class ModelDirectory:
 
     def arrays(self) -> dict[str, mx.array]:
         """Return the tensors by Hugging Face name; each is read when it is evaluated."""
+        if (ours := ops.kernels()) is not None:
+            return {
+                name: ours.file_array(str(ref.path), ref.offset, ref.shape, DTYPES[ref.dtype].array)
+                for name, ref in self.tensors.items()
+            }
         arrays: dict[str, mx.array] = {}
         for file in sorted({ref.path for ref in self.tensors.values()}):
             arrays |= mx.load(str(file))  # pyright: ignore[reportArgumentType, reportOperatorIssue]
@@ -173,7 +178,10 @@ def load(
     config, chosen = directory.config_with(options), directory.dtype_with(options)
     # Beside the reading of weights, which leaves the interpreter to others.
     Thread(target=directory.tokenizer.prepare, name="tokenizer").start()
-    model = build_model(config, directory.arrays(), dtype=chosen, on_block=on_block)
+    try:
+        model = build_model(config, directory.arrays(), dtype=chosen, on_block=on_block)
+    except RuntimeError as error:  # of MLX or the kernels: a file that has changed, no memory
+        raise CheckpointError(f"{directory.path}: cannot be loaded: {error}") from error
     return Llama(
         model,
         directory.tokenizer,

@@ -134,6 +134,12 @@ def prefill_chunk() -> int:
     return 128 if backend() == "cpu" else 512
 
 
+def join_rows(arrays: list[mx.array]) -> mx.array:
+    """Join matrices (rows, in) one below another: the native kernels read files into the whole."""
+    ours = kernels()
+    return mx.concatenate(arrays, axis=0) if ours is None else ours.join_rows(arrays)
+
+
 def linear(x: mx.array, weight: mx.array) -> mx.array:
     """Multiply by a dense matrix: x (..., in), weight (out, in) -> (..., out), of x's dtype."""
     ours = kernels()

@@ -37,6 +37,10 @@ NB_MODULE(_kernels, m) {
         "group_size"_a, "bits"_a, "h plus w2 times the gated w13 times the normed h (1, 1, dim).");
   m.def("keep_likeliest", &mlk::graph::keep_likeliest, "scores"_a, "top_k"_a, "top_p"_a, "min_p"_a,
         "scores (V,) float32, minus infinity for all but the likeliest, without sorting them.");
+  m.def("file_array", &mlk::graph::file_array, "path"_a, "offset"_a, "shape"_a, "dtype"_a,
+        "A tensor that lies in a file, read when it is evaluated; RuntimeError where it cannot be.");
+  m.def("join_rows", &mlk::graph::join_rows, "arrays"_a,
+        "The arrays one below another; those of files that were not read yet are read into one.");
   m.def("instructions", [] { return std::string(mlk::chosen().name); },
         "Name the instruction set in use.");
   m.def("use_instructions", [](const std::string& name) { return mlk::choose(name.c_str()); },

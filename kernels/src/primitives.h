@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "mlx/array.h"
@@ -42,5 +43,10 @@ mx::array feed_forward(const mx::array& h, const mx::array& norm, float eps, con
                        const Arrays& w2, int group_size, int bits);
 // scores (V,) float32, minus infinity for what is not among the likeliest.
 mx::array keep_likeliest(const mx::array& scores, int top_k, double top_p, double min_p);
+
+// A tensor at an offset of a file, rows unbroken, read when it is evaluated.
+mx::array file_array(const std::string& path, size_t offset, const std::vector<int>& shape, mx::Dtype dtype);
+// The arrays one below another; those of files that were not read yet are read into one.
+mx::array join_rows(const std::vector<mx::array>& arrays);
 
 }  // namespace mlk::graph

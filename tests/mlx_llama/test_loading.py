@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 
 import mlx_llama
-from mlx_llama import Llama
+from mlx_llama import Llama, ops
 from mlx_llama.config import QuantFormat
+from mlx_llama.errors import CheckpointError
 from mlx_llama.linear import Dense, Packed, Stack
 from mlx_llama.loading import open_model_directory
 from mlx_llama.model import LlamaModel
@@ -69,6 +72,26 @@ def test_files_may_be_links_as_in_a_download_cache(tmp_path: Path) -> None:
         file.unlink()
         file.symlink_to(store / file.name)
     assert np.array_equal(logits(folder), expected)
+
+
+def test_a_file_that_goes_after_it_was_opened_is_told(tmp_path: Path) -> None:
+    if ops.kernels() is None:
+        pytest.skip("MLX says nothing of what it cannot read: no native kernels")
+    directory = open_model_directory(write_hf(tmp_path / "model"))
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model: cannot be loaded: .*model\.safetensors"):
+        mlx_llama.load(directory)
+
+
+def test_loading_and_generating_import_no_numpy(tmp_path: Path) -> None:
+    """Its import takes as long as a third of all others together."""
+    code = (
+        "import sys; from mlx_llama import load; "
+        "print(*load(sys.argv[1]).generate('once', max_tokens=2)); "
+        "sys.exit('numpy' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(write_hf(tmp_path / "model"))]
+    assert subprocess.run(command, cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 
 def test_old_buffers_are_ignored(tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "rank gap": (lines_of((7, b"Bw== 8")), "line 8 has rank '8', expected 7"),
     "rank word": (lines_of((7, b"Bw== seven")), "line 8 has rank 'seven'"),
     "no rank": (lines_of((7, b"Bw==")), "line 8 has rank ''"),
+    "two spaces": (lines_of((7, b"Bw==  7")), "line 8 has rank ' 7'"),
+    "moved space": (lines_of((7, b"Bw==7"), (8, b"7 CA== 8")), "line 8 has rank ''"),
     "no base64": (lines_of((7, b"B*w= 7")), "line 8 has no base64"),
     "bad padding": (lines_of((7, b"Bw= 7")), "line 8 has no base64"),
     "empty token": (lines_of((7, b" 7")), "line 8 has an empty token"),
