@@ -79,8 +79,8 @@ def _error(
         return 0.0
     rows = weight[:: max(1, len(weight) // SAMPLE_ROWS)]
     groups = np.ascontiguousarray((rows * scales).reshape(-1, form.group_size).T)
-    grid = mse.search(groups, form.bits, dtype)
-    found = mse.nearest(groups, grid, form.bits) * grid.scale + grid.bias
+    grid, codes = mse.search(groups, form.bits, dtype)
+    found = codes * grid.scale + grid.bias
     rest = found.T.reshape(rows.shape) / scales - rows
     return float(np.vdot(rest @ hessian, rest)) * len(weight) / len(rows)
 

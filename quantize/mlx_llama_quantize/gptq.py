@@ -84,7 +84,7 @@ def _rounded(
         for place in range(start, end):
             if place % form.group_size == 0:
                 group = columns[place : place + form.group_size]
-                grids.append(mse.search(group, form.bits, dtype))
+                grids.append(mse.search(group, form.bits, dtype)[0])
             grid, column = grids[-1], columns[place : place + 1]
             found = mse.nearest(column, grid, form.bits)
             codes[place] = found[0]

@@ -64,12 +64,14 @@ def test_packed_codes_are_read_by_mlx(bits: int) -> None:
     dtype=st.sampled_from(sorted(DTYPES)),
     seed=st.integers(0, 2**31),
     spread=st.sampled_from(["normal", "heavy", "offset", "flat", "planted", "zero"]),
-    magnitude=st.sampled_from([1e-4, 0.02, 1.0, 100.0]),
+    magnitude=st.sampled_from([1e-4, 0.02, 1.0, 100.0, 1e30]),
 )
 def test_no_group_is_worse_than_rounding_to_nearest(
     bits: int, group: int, dtype: str, seed: int, spread: str, magnitude: float
 ) -> None:
     random = np.random.default_rng(seed)
+    if dtype == "float16":
+        magnitude = min(magnitude, 100.0)
     raw = random.standard_normal((6, 256)) * magnitude
     if spread == "heavy":
         raw = random.standard_t(2, (6, 256)) * magnitude
@@ -90,12 +92,15 @@ def test_no_group_is_worse_than_rounding_to_nearest(
     assert (found <= nearest * (1 + RELATIVE) + floor).all()
 
 
-def test_error_of_normal_weights_falls_by_a_tenth() -> None:
+@pytest.mark.parametrize(
+    ("bits", "most"), [(2, 0.73), (3, 0.83), (4, 0.89), (5, 0.91), (6, 0.93), (8, 0.96)]
+)
+def test_error_of_normal_weights_falls(bits: int, most: float) -> None:
     values = mx.random.normal((64, 1024), key=mx.random.key(1)).astype(mx.bfloat16)
-    form = QuantFormat(4, 64)
+    form = QuantFormat(bits, 64)
     exact = np.array(values.astype(mx.float32), dtype=np.float64)
-    nearest = errors(exact, mx.quantize(values, group_size=64, bits=4), form)  # pyright: ignore
-    assert errors(exact, mse.quantize(values, form), form).sum() < 0.9 * nearest.sum()
+    nearest = errors(exact, mx.quantize(values, group_size=64, bits=bits), form)  # pyright: ignore
+    assert errors(exact, mse.quantize(values, form), form).sum() < most * nearest.sum()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
