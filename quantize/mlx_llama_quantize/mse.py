@@ -1,7 +1,7 @@
 """Scales and biases of less squared error than the nearest, in MLX's affine format.
 
-MLX takes them from the least and the largest weight of a group. Here both ends are cut a little,
-and scale and bias are solved for by least squares, with the codes that come nearest then. What is
+MLX takes them from the least and the largest weight of a group. Here both ends are cut a little;
+then, in turns, the nearest codes are taken, and scale and bias solved for by least squares. What is
 compared is what will be read: scale and bias as stored, bfloat16 or float16 rounding included.
 MLX's own scale and bias are the other candidate, so that no group is ever worse off.
 
@@ -24,6 +24,7 @@ APART = 16  # groups fewer: rows of a power of two bytes would share a cache's f
 # Steps, of 2**bits - 1, that the search's first range leaves out, by bits: of normal weights in
 # groups of 64 the squared error is least so.
 CUT = {2: 1.2, 3: 1.0, 4: 0.6, 5: 0.4, 6: 0.2, 8: 0.0}
+ROUNDS = 2  # of choosing codes and solving for scale and bias
 EPSILON = np.float32(1e-7)  # MLX's least scale
 
 Packed = tuple[mx.array, mx.array, mx.array]  # weight, scales, biases
@@ -93,8 +94,10 @@ def search(
     """
     low, high = groups.min(axis=0), groups.max(axis=0)
     rest, product = scratch or (np.empty_like(groups), np.empty_like(groups))
-    codes = nearest(groups, _cut(low, high, bits, dtype), bits, out=rest)
-    grid = _solved(groups, codes, product, dtype)
+    grid, total = _cut(low, high, bits, dtype), _sum(groups)
+    for _ in range(ROUNDS):
+        codes = nearest(groups, grid, bits, out=rest)
+        grid = _solved(groups, total, codes, product, dtype)
     known = minimum_maximum(low, high, bits, dtype)
     is_usable = grid.scale != 0
     grid.scale = np.where(is_usable, grid.scale, known.scale)
@@ -172,10 +175,15 @@ def _tried(
     return _sum(rest), codes.astype(np.uint8)
 
 
-def _solved(groups: np.ndarray, codes: np.ndarray, product: np.ndarray, dtype: mx.Dtype) -> Grid:
-    """Return the grid of least squared error for codes; scale 0 where they are all the same."""
+def _solved(
+    groups: np.ndarray, total: np.ndarray, codes: np.ndarray, product: np.ndarray, dtype: mx.Dtype
+) -> Grid:
+    """Return the grid of least squared error for codes; scale 0 where they are all the same.
+
+    total: the groups' sums (N,). product: scratch.
+    """
     n = np.float32(len(codes))
-    total, mean = _sum(groups), _sum(codes) / n
+    mean = _sum(codes) / n
     np.multiply(codes, codes, out=product)
     spread = _sum(product) - n * mean * mean
     np.multiply(codes, groups, out=product)
