@@ -41,6 +41,10 @@ NB_MODULE(_kernels, m) {
         "A tensor that lies in a file, read when it is evaluated; RuntimeError where it cannot be.");
   m.def("join_rows", &mlk::graph::join_rows, "arrays"_a,
         "The arrays one below another; those of files that were not read yet are read into one.");
+  m.def("least_squares", &mlk::graph::least_squares, "values"_a, nb::kw_only(), "group_size"_a, "bits"_a,
+        "cut"_a, "rounds"_a, nb::call_guard<nb::gil_scoped_release>(),
+        "Pack values (out, in), evaluated: [words, scales, biases], searched for by least squares in so\n"
+        "many rounds, from each group's range without `cut` steps. By the calling thread, at once.");
   m.def("instructions", [] { return std::string(mlk::chosen().name); },
         "Name the instruction set in use.");
   m.def("use_instructions", [](const std::string& name) { return mlk::choose(name.c_str()); },

@@ -43,6 +43,9 @@ mx::array feed_forward(const mx::array& h, const mx::array& norm, float eps, con
                        const Arrays& w2, int group_size, int bits);
 // scores (V,) float32, minus infinity for what is not among the likeliest.
 mx::array keep_likeliest(const mx::array& scores, int top_k, double top_p, double min_p);
+// Packs values (out, in) with scales and biases of less squared error than the nearest: words, scales,
+// biases. Done at once, by the calling thread.
+std::vector<mx::array> least_squares(mx::array values, int group_size, int bits, float cut, int rounds);
 
 // A tensor at an offset of a file, rows unbroken, read when it is evaluated.
 mx::array file_array(const std::string& path, size_t offset, const std::vector<int>& shape, mx::Dtype dtype);

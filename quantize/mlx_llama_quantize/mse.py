@@ -5,8 +5,9 @@ then, in turns, the nearest codes are taken, and scale and bias solved for by le
 compared is what will be read: scale and bias as stored, bfloat16 or float16 rounding included.
 MLX's own scale and bias are the other candidate, so that no group is ever worse off.
 
-In NumPy, a thousand groups at a time, each of them a column (G, N), where the native kernels are
-not at hand; these do the same arithmetic, operation by operation, and give the same bytes.
+The native kernels pack whole matrices, where they are installed, on any device: their
+`least_squares` does what stands here, operation by operation, and gives the same bytes. Here it is
+NumPy, some thousand groups at a time, each of them a column (G, N).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_llama import native
 from mlx_llama.config import QuantFormat
 
 CHUNK = 1 << 18  # weights: fewer would make threads wait for Python's lock, more leave the cache
@@ -40,6 +42,16 @@ class Grid:
 
 def quantize(values: mx.array, form: QuantFormat) -> Packed:
     """Pack values (out, in), evaluated, as `mx.quantize` does; scales have the values' dtype."""
+    if (kernels := native.kernels()) is None:
+        return quantize_in_numpy(values, form)
+    arrays: list[mx.array] = kernels.least_squares(
+        values, group_size=form.group_size, bits=form.bits, cut=CUT[form.bits], rounds=ROUNDS
+    )
+    return arrays[0], arrays[1], arrays[2]
+
+
+def quantize_in_numpy(values: mx.array, form: QuantFormat) -> Packed:
+    """Do what `quantize` does, without the native kernels."""
     groups = _stored_numbers(values).reshape(-1, form.group_size)
     words = np.empty((len(groups), form.group_size * form.bits // 32), np.uint32)
     scale, bias = (np.empty(len(groups), np.float32) for _ in range(2))

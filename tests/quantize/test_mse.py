@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_llama import native
 from mlx_llama.config import QuantFormat
 from mlx_llama_quantize import mse
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+KERNELS = native.kernels()
+INSTRUCTIONS = ("baseline", "neon", "avx2", "avxvnni", "avx512", "vnni", "vbmi", "amx")
 RELATIVE = 1e-5  # of an error: the search adds up in float32, the test in float64
 
 
@@ -57,18 +62,8 @@ def test_packed_codes_are_read_by_mlx(bits: int) -> None:
     np.testing.assert_array_equal(np.array(found), codes)
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    bits=st.sampled_from(BITS),
-    group=st.sampled_from(GROUPS),
-    dtype=st.sampled_from(sorted(DTYPES)),
-    seed=st.integers(0, 2**31),
-    spread=st.sampled_from(["normal", "heavy", "offset", "flat", "planted", "zero"]),
-    magnitude=st.sampled_from([1e-4, 0.02, 1.0, 100.0, 1e30]),
-)
-def test_no_group_is_worse_than_rounding_to_nearest(
-    bits: int, group: int, dtype: str, seed: int, spread: str, magnitude: float
-) -> None:
+def weights(seed: int, spread: str, magnitude: float, dtype: str) -> mx.array:
+    """Return (6, 256) numbers of a kind."""
     random = np.random.default_rng(seed)
     if dtype == "float16":
         magnitude = min(magnitude, 100.0)
@@ -83,13 +78,64 @@ def test_no_group_is_worse_than_rounding_to_nearest(
         raw[:, ::37] *= 30
     elif spread == "zero":
         raw[:3] = 0
-    values = mx.array(raw.astype(np.float32)).astype(DTYPES[dtype])
-    form = QuantFormat(bits, group)
+    return mx.array(raw.astype(np.float32)).astype(DTYPES[dtype])
+
+
+any_weights = st.builds(
+    weights,
+    st.integers(0, 2**31),
+    st.sampled_from(["normal", "heavy", "offset", "flat", "planted", "zero"]),
+    st.sampled_from([1e-4, 0.02, 1.0, 100.0, 1e30]),
+    st.sampled_from(sorted(DTYPES)),
+)
+any_form = st.builds(QuantFormat, st.sampled_from(BITS), st.sampled_from(GROUPS))
+
+
+@pytest.mark.parametrize("quantize", [mse.quantize, mse.quantize_in_numpy])
+@settings(deadline=None, max_examples=60)
+@given(values=any_weights, form=any_form)
+def test_no_group_is_worse_than_rounding_to_nearest(
+    quantize: Callable[[mx.array, QuantFormat], mse.Packed], values: mx.array, form: QuantFormat
+) -> None:
     exact = np.array(values.astype(mx.float32), dtype=np.float64)
-    nearest = errors(exact, mx.quantize(values, group_size=group, bits=bits), form)  # pyright: ignore
-    found = errors(exact, mse.quantize(values, form), form)
-    floor = (np.abs(exact).reshape(-1, group).max(axis=1) * 2**-22) ** 2 * group
+    known = mx.quantize(values, group_size=form.group_size, bits=form.bits)
+    nearest = errors(exact, known, form)  # pyright: ignore
+    found = errors(exact, quantize(values, form), form)
+    largest = np.abs(exact).reshape(-1, form.group_size).max(axis=1)
+    floor = (largest * 2**-22) ** 2 * form.group_size
     assert (found <= nearest * (1 + RELATIVE) + floor).all()
+
+
+@pytest.mark.skipif(KERNELS is None, reason=f"no native kernels: {native.missing_reason()}")
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@settings(deadline=None, max_examples=40)
+@given(values=any_weights, form=any_form, n_rows=st.integers(1, 6), turned=st.booleans())
+def test_kernels_give_the_same_bytes(
+    instructions: str, values: mx.array, form: QuantFormat, n_rows: int, turned: bool
+) -> None:
+    assert KERNELS is not None
+    values = values[:n_rows]
+    before = KERNELS.instructions()
+    if not KERNELS.use_instructions(instructions):
+        pytest.skip(f"this processor has no {instructions}")
+    try:  # rows that do not follow each other in memory are taken, too
+        found = mse.quantize(mx.contiguous(values.T).T if turned else values, form)
+    finally:
+        KERNELS.use_instructions(before)
+    for ours, expected in zip(found, mse.quantize_in_numpy(values, form), strict=True):
+        assert ours.dtype == expected.dtype
+        bits = mx.uint32 if ours.dtype.size == 4 else mx.uint16
+        np.testing.assert_array_equal(np.array(ours.view(bits)), np.array(expected.view(bits)))
+
+
+@pytest.mark.skipif(KERNELS is None, reason=f"no native kernels: {native.missing_reason()}")
+def test_kernels_refuse_what_they_cannot_pack() -> None:
+    assert KERNELS is not None
+    search = {"cut": 0.5, "rounds": 1}
+    with pytest.raises(ValueError, match="rows of groups of 64"):
+        KERNELS.least_squares(mx.zeros((2, 96)), group_size=64, bits=4, **search)
+    with pytest.raises(ValueError, match="bits: found 7"):
+        KERNELS.least_squares(mx.zeros((2, 64)), group_size=64, bits=7, **search)
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,23 @@ struct Attention {
   void* out;  // (batch, m, heads, dim), of q's type
 };
 
+// Dense weights to be packed, n groups of them one after the other.
+struct Groups {
+  const void* values;
+  Type type;  // of scales and biases, too
+  size_t n;
+  int group, bits;  // as a Matrix has them
+};
+struct PackedGroups {
+  uint32_t* words;  // (n, group * bits / 32)
+  void *scales, *biases;
+};
+// How scales and biases are searched for. cut: steps that the first range lacks.
+struct Search {
+  float cut;
+  int rounds;
+};
+
 struct Table {
   const char* name;
   size_t panel_rows;  // of a matrix, which one part of `panels` multiplies
@@ -104,6 +121,8 @@ struct Table {
   size_t (*attention_partial_floats)(const Attention&);
   void (*attention)(const Attention&, float* scratch, float* partial, size_t first, size_t last);
   void (*attention_join)(const Attention&, float* partial, size_t first, size_t last);
+
+  void (*least_squares)(const Groups&, const Search&, const PackedGroups&);
 };
 
 constexpr size_t few_rows = 5;
