@@ -34,7 +34,7 @@ def test_numbers_are_those_of_two_loaded_models(
     if bits is None:
         assert (result.same_top, result.mean_kl, result.largest_difference) == (1.0, 0.0, 0.0)
     else:
-        assert result.largest_difference == pytest.approx(np.abs(p - q).max(), rel=1e-3)
+        assert result.largest_difference == pytest.approx(np.abs(p - q).max(), rel=5e-3)
         assert 0 < result.mean_kl < 1
 
 

@@ -15,6 +15,7 @@ from random_models import SPM_VOCAB, Case, random_model
 
 # Of the largest value: float32 sums in another order.
 ORDER_TOLERANCE = 1e-5
+COUNTED_TOLERANCE = 5e-5  # the native kernels count in whole numbers of 16 bits
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 FORMS = [QuantFormat(bits, group) for bits in BITS for group in GROUPS]
@@ -61,7 +62,7 @@ def test_packed_rows_and_products_are_those_of_the_unpacked_bits(form: QuantForm
     x = np.random.RandomState(1).standard_normal((2, 5, 256)).astype(np.float32)
     product = x.astype(np.float64) @ expected.T
     found = np.asarray(matrix(mx.array(x)))
-    assert np.abs(found - product).max() < ORDER_TOLERANCE * np.abs(product).max()
+    assert np.abs(found - product).max() < COUNTED_TOLERANCE * np.abs(product).max()
 
 
 @pytest.mark.parametrize("form", FORMS, ids=form_id)

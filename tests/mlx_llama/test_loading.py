@@ -36,8 +36,8 @@ from model_folders import (
 from random_models import Weights, random_model, write_safetensors
 from tiny_tokenizers import tiny_spm, write_spm
 
-# Of the largest logit: the same float32 sums in another order.
-ORDER_TOLERANCE = 2e-5
+# Of the largest logit: the native kernels count prompts of packed models in 16 bits.
+COUNTED_TOLERANCE = 5e-4
 Raw = dict[str, Any]
 
 
@@ -135,7 +135,7 @@ def test_a_directory_of_mlx_lm_loads_with_settings_by_module(tmp_path: Path) -> 
     unpacked = write_as_mlx_lm_does(tmp_path / "mlx")
     llama = mlx_llama.load(tmp_path / "mlx", dtype="float32")
     plain = write_hf(tmp_path / "plain", change=lambda weights, _: weights.update(unpacked))
-    assert distance(np.asarray(llama.logits(TINY.ids)), logits(plain)) < ORDER_TOLERANCE
+    assert distance(np.asarray(llama.logits(TINY.ids)), logits(plain)) < COUNTED_TOLERANCE
     first, second = llama.model.blocks
     assert isinstance(first.wqkv, Stack) and isinstance(first.w13, Packed)
     assert isinstance(first.w2, Packed) and first.w2.form == QuantFormat(8, 32)

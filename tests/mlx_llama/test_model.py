@@ -27,6 +27,8 @@ GOLDEN = np.load(Path(__file__).parents[1] / "golden/logits.npz")
 PEER_TOLERANCE = 1e-3
 # Of the largest logit: the same float32 sums in another order.
 ORDER_TOLERANCE = 2e-5
+# The native kernels count prompts of packed models in whole numbers of 16 bits, single tokens of 24.
+COUNTED_TOLERANCE = 5e-4
 META_CASES = ("llama1", "llama2", "llama3", "llama3.1", "llama3.2")
 Arrays = dict[str, mx.array]
 
@@ -144,6 +146,11 @@ def model(request: pytest.FixtureRequest) -> LlamaModel:
     return MODELS[request.param]()
 
 
+def tolerance_of(model: LlamaModel) -> float:
+    """Return by how much logits may differ that are computed in other slices."""
+    return ORDER_TOLERANCE if isinstance(model.blocks[0].w2, Dense) else COUNTED_TOLERANCE
+
+
 def tokens() -> mx.array:
     return mx.array(TINY.ids)[None]
 
@@ -176,7 +183,7 @@ def test_a_packed_model_gives_the_logits_of_its_unpacked_weights(
     )
     assert isinstance(dense.blocks[0].wqkv, Dense)
     assert isinstance(packed.blocks[0].w2, Packed)
-    assert distance(packed(tokens()), dense(tokens())) < ORDER_TOLERANCE
+    assert distance(packed(tokens()), dense(tokens())) < COUNTED_TOLERANCE
 
 
 def test_projections_of_one_format_are_joined_and_others_stacked() -> None:
@@ -240,7 +247,7 @@ def test_cached_decode_equals_full_forward(model: LlamaModel) -> None:
         assert cache.offset == position
         rows.append(model(tokens()[:, position : position + 1], cache))
     decoded = mx.concatenate(rows, axis=1)
-    assert distance(decoded, full) < ORDER_TOLERANCE
+    assert distance(decoded, full) < tolerance_of(model)
     assert mx.array_equal(decoded.argmax(-1), full.argmax(-1)).item()
 
 
@@ -253,7 +260,7 @@ def test_chunks_of_any_size_give_one_shots_logits(model: LlamaModel, sizes: tupl
         rows.append(model(tokens()[:, start : start + size], cache))
         start += size
     assert cache.offset == TINY.n_tokens
-    assert distance(mx.concatenate(rows, axis=1), full) < ORDER_TOLERANCE
+    assert distance(mx.concatenate(rows, axis=1), full) < tolerance_of(model)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 32, 47, 48, 500])
@@ -278,7 +285,7 @@ def test_positions_select_rows_of_the_logits(model: LlamaModel) -> None:
     for positions in (slice(-1, None), slice(3, 9), mx.array([5, 0, 47])):
         found = model(tokens(), positions=positions)
         assert found.dtype == mx.float32
-        assert distance(found, full[:, positions]) < ORDER_TOLERANCE
+        assert distance(found, full[:, positions]) < tolerance_of(model)
 
 
 def test_a_batch_gives_what_its_rows_give_alone(model: LlamaModel) -> None:
