@@ -27,7 +27,7 @@ GOLDEN = np.load(Path(__file__).parents[1] / "golden/logits.npz")
 PEER_TOLERANCE = 1e-3
 # Of the largest logit: the same float32 sums in another order.
 ORDER_TOLERANCE = 2e-5
-# The native kernels count prompts of packed models in whole numbers of 16 bits, single tokens of 24.
+# The native kernels count prompts of packed models in 16 bits, single tokens in 24.
 COUNTED_TOLERANCE = 5e-4
 META_CASES = ("llama1", "llama2", "llama3", "llama3.1", "llama3.2")
 Arrays = dict[str, mx.array]
