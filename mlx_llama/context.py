@@ -44,6 +44,7 @@ class Context:
             slides=self.slides,
             bits=self.bits,
             packed_from=self.packed_from,
+            storage=ops.cache_storage(self.demand.dtype, self.bits),
         )
 
     def require_memory(self) -> Self:

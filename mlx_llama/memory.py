@@ -134,8 +134,9 @@ def cache_bytes(demand: Demand, context: int) -> int:
 
 
 def cache_bytes_per_token(config: ModelConfig, bits: KVBits, dtype: mx.Dtype) -> int:
-    """Return what one token takes in all layers, plain or packed."""
-    row = sum(row_bytes(config.head_dim, each, dtype.size) for each in (bits.keys, bits.values))
+    """Return what one token takes in all layers, plain or packed. dtype: of activations."""
+    size = ops.cache_dtype(dtype, bits).size
+    row = sum(row_bytes(config.head_dim, each, size) for each in (bits.keys, bits.values))
     return config.n_layers * config.n_kv_heads * row
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -20,6 +21,15 @@ from mlx_llama.rope import rope_periods
 LAST = slice(-1, None)  # the newest position alone
 
 
+class HeldMatrices(NamedTuple):
+    """A layer's matrices as the native kernels take them; None where they do not."""
+
+    wqkv: ops.Held | None
+    wo: ops.Held | None
+    w13: ops.Held | None
+    w2: ops.Held | None
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """The weights of one layer. wqkv: rows of wq, wk, wv; w13: rows of w1 (gate) and w3 (up)."""
@@ -30,6 +40,12 @@ class Block:
     ffn_norm: mx.array
     w13: Matrix
     w2: Matrix
+    held: HeldMatrices = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Make once what every token would make anew."""
+        matrices = (self.wqkv, self.wo, self.w13, self.w2)
+        object.__setattr__(self, "held", HeldMatrices(*map(held, matrices)))
 
     def arrays(self) -> list[mx.array]:
         """Return what is held in memory."""
@@ -127,37 +143,44 @@ class LlamaModel:
         positions: slice | mx.array | None,
     ) -> mx.array:
         """Return the residual stream h behind a block's attention, of the asked positions alone."""
-        turned, v = self._heads(block, h, cache.position)
-        q = turned[:, : self.config.n_heads]
-        view = cache.append(layer, turned[:, self.config.n_heads :], v)
+        turned, k, v = self._heads(block, h, cache.position)
+        n_heads = self.config.n_heads
+        view = cache.append(layer, k, v)
         if positions is LAST:  # the newest query sees everything
-            q, h, positions = q[:, :, LAST], h[:, LAST], None
+            if h.shape[1] > 1:
+                turned, h = turned[:, :, LAST], h[:, LAST]
+            positions = None
         if positions is None:
-            whole = ops.attended(h, q, view, self._scale, held(block.wo))
+            whole = ops.attended(h, turned, n_heads, view, self._scale, block.held.wo)
             if whole is not None:
                 return whole
+        q = turned[:, :n_heads]
         out = ops.attention(q, view, scale=self._scale).transpose(0, 2, 1, 3)
         if positions is not None:
             out, h = out[:, positions], h[:, positions]
         return h + block.wo(out.reshape(*out.shape[:2], -1))
 
-    def _heads(self, block: Block, h: mx.array, offset: int) -> tuple[mx.array, mx.array]:
-        """Return queries and keys, rotated, (B, H + K, L, D), and values (B, K, L, D)."""
+    def _heads(self, block: Block, h: mx.array, offset: int) -> tuple[mx.array, mx.array, mx.array]:
+        """Return heads (B, H or more, L, D), the queries first; keys and values (B, K, L, D).
+
+        Queries and keys are rotated.
+        """
         config, batch, n_tokens = self.config, h.shape[0], h.shape[1]
-        n_turned, norm = config.n_heads + config.n_kv_heads, (block.attention_norm, config.norm_eps)
-        wqkv = held(block.wqkv)
-        whole = ops.turned_heads(h, norm, wqkv, self._periods, offset, n_turned)
+        n_heads, n_turned = config.n_heads, config.n_heads + config.n_kv_heads
+        norm = block.attention_norm, config.norm_eps
+        whole = ops.turned_heads(h, norm, block.held.wqkv, self._periods, offset, n_turned)
         if whole is not None:
-            return whole[:, :n_turned], whole[:, n_turned:]
+            return whole, whole[:, n_heads:n_turned], whole[:, n_turned:]
         x = block.wqkv(ops.rms_norm(h, *norm))
         x = x.reshape(batch, n_tokens, n_turned + config.n_kv_heads, -1).transpose(0, 2, 1, 3)
         # q and k turn by the same angles, so one call turns both: (B, H + K, L, D).
-        return ops.rotate(x[:, :n_turned], self._periods, offset), x[:, n_turned:]
+        turned = ops.rotate(x[:, :n_turned], self._periods, offset)
+        return turned, turned[:, n_heads:], x[:, n_turned:]
 
     def _feed_forward(self, block: Block, h: mx.array) -> mx.array:
         """Return the residual stream h behind a block's feed-forward layer."""
         norm = block.ffn_norm, self.config.norm_eps
-        whole = ops.feed_forward(h, norm, held(block.w13), held(block.w2))
+        whole = ops.feed_forward(h, norm, block.held.w13, block.held.w2)
         if whole is not None:
             return whole
         return h + block.w2(ops.swiglu(block.w13(ops.rms_norm(h, *norm))))

@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_llama.cache.view import View
 from mlx_llama.config import QuantFormat
 
-INTERFACE = 4  # of the extension: one that was built of older sources is refused
+INTERFACE = 5  # of the extension: one that was built of older sources is refused
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)
@@ -95,8 +95,8 @@ def takes_heads(x: mx.array) -> bool:
 
 def takes_view(q: mx.array, view: View) -> bool:
     """Whether the kernels attend over a view with queries q (B, H, m, D)."""
-    stored = [tuple((rows.bits, rows.group) for rows in part) for part in view.parts]
-    floats = (q, *(rows.arrays[-1] for part in view.parts for rows in part))
+    stored = [tuple((rows.bits, rows.group) for rows in part) for part in view.buffers]
+    floats = (q, *(rows.arrays[-1] for part in view.buffers for rows in part))
     return (
         q.shape[-1] <= _limits().MOST_HEAD_DIM
         and len(set(stored)) == 1

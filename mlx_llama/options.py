@@ -17,7 +17,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mlx_llama.errors import OptionError
 
-KV_BITS = (16, 8, 4, "16:8", "16:4", "8:16", "8:4", "4:16", "4:8")
+KV_BITS = (32, 16, 8, 4, "16:8", "16:4", "8:16", "8:4", "4:16", "4:8")
 METHODS = ("rtn", "mse", "gptq", "awq", "awq+gptq", "auto")
 MODE_BITS = {"affine": 4, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4}  # what each has by default
 DTYPE_NAMES = ("bfloat16", "float16", "float32")
@@ -256,12 +256,13 @@ class ContextOptions(_Checked):
     )
     kv_bits: int | str = _option(
         16,
-        "bits per cached number: 16 (as computed), 8 or 4, or two of them, keys:values, such as "
-        "8:4",
+        "bits per cached number: 16 (float16 where activations are float32 and the native CPU "
+        "kernels run, else as computed), 8 or 4, or two of these, keys:values, such as 8:4; 32 for "
+        "float32",
         choices=KV_BITS,
     )
     kv_start: int = _option(
-        0, "cache the first tokens as computed, and pack them all when there are so many", low=0
+        0, "cache the first tokens unpacked, and pack them all when there are so many", low=0
     )
     prefill_chunk: int | None = _option(
         None,
@@ -278,7 +279,7 @@ class ContextOptions(_Checked):
             raise OptionError(
                 "--keep: does nothing without --on-full slide; give that too, or leave it out"
             )
-        if self.kv_start and self.kv_bits == 16:
+        if self.kv_start and self.kv_bits in (16, 32):
             raise OptionError("--kv-start: does nothing without --kv-bits 8 or 4; leave it out")
 
     @property

@@ -16,11 +16,12 @@ if mx.__version__ != MLX_VERSION:
         "build it again (make kernels)"
     )
 
-INTERFACE = 4  # grows whenever a function is added or takes something else; mlx_llama asks for it
+INTERFACE = 5  # grows whenever a function is added or takes something else; mlx_llama asks for it
 
 from mlx_llama_kernels._kernels import (
     MOST_GROUPS,
     MOST_HEAD_DIM,
+    append,
     attended,
     attention,
     feed_forward,
@@ -46,6 +47,7 @@ __all__ = [
     "MLX_VERSION",
     "MOST_GROUPS",
     "MOST_HEAD_DIM",
+    "append",
     "attended",
     "attention",
     "feed_forward",

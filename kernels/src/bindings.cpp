@@ -22,17 +22,20 @@ NB_MODULE(_kernels, m) {
   m.def("swiglu", &mlk::graph::swiglu, "x"_a, "x (..., 2 n) -> silu of the first n times the others.");
   m.def("rotate", &mlk::graph::rotate, "x"_a, "periods"_a, "offset"_a,
         "RoPE of x (B, heads, L, D), half-split pairs, the first row at position offset.");
-  m.def("attention", &mlk::graph::attention, "q"_a, "keys"_a, "values"_a, "scale"_a,
+  m.def("append", &mlk::graph::append, "buffer"_a, "x"_a, "row"_a,
+        "The buffer (B, K, S, D) with x (B, K, L, D) in its rows from row on, in its dtype; what is finite\n"
+        "stays finite. In place where nobody else holds it.");
+  m.def("attention", &mlk::graph::attention, "q"_a, "keys"_a, "values"_a, "rows"_a, "scale"_a,
         "sight"_a = nb::none(),
-        "The last m rows of q (B, H, m, D) over the parts of keys and values, each [(B, K, S, D)] or\n"
-        "packed [words, scales, biases]. sight (2, S) int32: the first and the last of the m that see a\n"
-        "row; without it each sees the rows up to its own.");
+        "The last m rows of q (B, H, m, D) over the first rows[i] of each part i of keys and values, which\n"
+        "are [(B, K, S, D)] or packed [words, scales, biases]. sight (2, sum of rows) int32: the first and\n"
+        "the last of the m that see a row; without it each sees the rows up to its own.");
   m.def("turned_heads", &mlk::graph::turned_heads, "h"_a, "norm"_a, "eps"_a, "wqkv"_a, "group_size"_a,
         "bits"_a, "periods"_a, "offset"_a, "n_turned"_a,
         "One token's heads (1, heads, 1, D): the normed h (1, 1, dim) times wqkv, the first n_turned rotated.");
-  m.def("attended", &mlk::graph::attended, "h"_a, "q"_a, "keys"_a, "values"_a, "scale"_a,
-        "sight"_a.none(), "wo"_a, "group_size"_a, "bits"_a,
-        "h plus wo times what attention of one token's q (1, H, 1, D) gives.");
+  m.def("attended", &mlk::graph::attended, "h"_a, "q"_a, "heads"_a, "keys"_a,
+        "values"_a, "rows"_a, "scale"_a, "sight"_a.none(), "wo"_a, "group_size"_a, "bits"_a,
+        "h plus wo times what attention of the first heads of one token's q (1, H, 1, D) gives.");
   m.def("feed_forward", &mlk::graph::feed_forward, "h"_a, "norm"_a, "eps"_a, "w13"_a, "w2"_a,
         "group_size"_a, "bits"_a, "h plus w2 times the gated w13 times the normed h (1, 1, dim).");
   m.def("keep_likeliest", &mlk::graph::keep_likeliest, "scores"_a, "top_k"_a, "top_p"_a, "min_p"_a,

@@ -16,6 +16,7 @@
 #include "mlx/primitives.h"
 #include "mlx/scheduler.h"
 #include "operations.h"
+#include "primitives.h"
 
 namespace mlk::graph {
 
@@ -26,7 +27,8 @@ using mx::array;
 constexpr size_t MANY = 8;  // tokens from which the memory of their outputs matters
 
 inline Type type_of(const array& a) {
-  if (a.dtype() == mx::float32) return Type::f32;
+  // Words are moved as numbers of their size.
+  if (a.dtype() == mx::float32 || a.dtype() == mx::uint32) return Type::f32;
   return a.dtype() == mx::bfloat16 ? Type::bf16 : Type::f16;
 }
 
@@ -111,7 +113,7 @@ class OnCpu : public mx::UnaryPrimitive {
     // stream has done it. What a prompt's operations need at once would be a matter of which thread
     // is faster; so each waits until all before is done and given back.
     if (tokens(out) >= MANY) mx::synchronize(stream());
-    out.set_data(mx::allocator::malloc(out.nbytes()));
+    allocate(inputs, out);
     std::vector<array> held;
     for (const array& input : inputs) held.push_back(array::unsafe_weak_copy(input));
     // The lambda must not need this primitive: it may be gone before the stream runs it.
@@ -141,6 +143,9 @@ class OnCpu : public mx::UnaryPrimitive {
   using Work = std::function<void(const std::vector<array>&, array&)>;
   virtual Work work() const = 0;
   virtual bool reads_cache() const { return false; }
+  virtual void allocate(const std::vector<array>&, array& out) const {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+  }
   // How many tokens an output holds.
   virtual size_t tokens(const array& out) const {
     return out.shape(-1) ? out.size() / out.shape(-1) : 0;
@@ -174,13 +179,15 @@ class Rowed {
 };
 
 // What attention reads, from inputs[at] on: q, the parts of keys and values, and who sees them.
+// heads: of q, its first ones. rows: of each part, its first ones.
 struct Cached {
   float scale;
+  int heads;
   Storage keys, values;
-  size_t parts;
+  std::vector<int> rows;
   bool has_sight;
   bool operator==(const Cached&) const = default;
-  size_t arrays() const { return 1 + parts * (keys.arrays() + values.arrays()) + has_sight; }
+  size_t arrays() const { return 1 + rows.size() * (keys.arrays() + values.arrays()) + has_sight; }
 };
 
 template <class Fn>
@@ -189,24 +196,26 @@ void with_attention(const Cached& how, const std::vector<array>& in, Fn f) {
   std::vector<std::unique_ptr<Rowed>> held;
   std::vector<Stored> keys, values;
   size_t at = 1, rows = 0;
-  auto take = [&](const Storage& stored, std::vector<Stored>& into) {
+  auto take = [&](const Storage& stored, size_t n_rows, std::vector<Stored>& into) {
     into.push_back(held.emplace_back(std::make_unique<Rowed>(stored, in, at))->get());
+    into.back().numbers.m = n_rows;
     at += stored.arrays();
   };
-  for (size_t part = 0; part < how.parts; ++part) {
-    take(how.keys, keys);
-    take(how.values, values);
-    rows += keys.back().numbers.m;
+  for (size_t n_rows : how.rows) {
+    take(how.keys, n_rows, keys);
+    take(how.values, n_rows, values);
+    rows += n_rows;
   }
+  Heads queries = q.get();
+  queries.heads = how.heads;
   std::unique_ptr<Straight> sight;
   if (how.has_sight) sight = std::make_unique<Straight>(in[at]);
-  f(Attention{q.get(), keys.data(), values.data(), how.parts, rows,
+  f(Attention{queries, keys.data(), values.data(), how.rows.size(), rows,
               sight ? static_cast<const int32_t*>(sight->data()) : nullptr, how.scale, nullptr});
 }
 
-// The inputs of attention, refused where they do not fit, and how they stand.
-Cached take_cached(const array& q, const std::vector<std::vector<array>>& keys,
-                   const std::vector<std::vector<array>>& values, float scale,
+// The inputs of attention of q's first heads, refused where they do not fit, and how they stand.
+Cached take_cached(const array& q, int heads, const Parts& parts, float scale,
                    const std::optional<array>& sight, std::vector<array>& inputs);
 
 // Refuses a packed matrix that rows of so many columns cannot be multiplied by.

@@ -15,6 +15,8 @@ void rms_norm(Pool&, const Table&, const Rows& x, const void* weight, Type, floa
 void swiglu(Pool&, const Table&, const Rows& x, void* y);
 // periods: (dim / 2), 1 over the frequency; the first row stands at offset.
 void rotate(Pool&, const Table&, const Heads& x, const float* periods, int offset, void* y);
+// The rows of x into a cache's buffer, in its type.
+void append(Pool&, const Table&, const Heads& x, const Buffer& to);
 void attention(Pool&, const Table&, const Attention&);
 
 // One row of float32 through what lies between two products, without a pause: at most few_rows.

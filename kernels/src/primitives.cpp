@@ -106,6 +106,34 @@ class Rotation : public OnCpu {
   int offset_;
 };
 
+class Append : public OnCpu {
+ public:
+  Append(mx::Stream stream, int row) : OnCpu(stream), row_(row) {}
+  const char* name() const override { return "MlxLlamaAppend"; }
+  size_t tokens(const array&) const override { return 1; }
+  bool is_equivalent(const Primitive& other) const override {
+    return row_ == static_cast<const Append&>(other).row_;
+  }
+
+ protected:
+  void allocate(const std::vector<array>& in, array& out) const override {
+    if (in[0].is_donatable() && in[0].flags().row_contiguous) out.copy_shared_buffer(in[0]);
+    else OnCpu::allocate(in, out);
+  }
+  Work work() const override {
+    return [row = row_](const std::vector<array>& in, array& out) {
+      char* to = out.data<char>();
+      if (in[0].data<char>() != to) std::memcpy(to, Straight(in[0]).data(), out.nbytes());
+      Headed x(in[1]);
+      mlk::append(Pool::shared(), chosen(), x.get(),
+                  {to, type_of(out), size_t(out.shape(2)), size_t(row)});
+    };
+  }
+
+ private:
+  int row_;
+};
+
 class CacheAttention : public OnCpu {
  public:
   CacheAttention(mx::Stream stream, const Cached& cached) : OnCpu(stream), cached_(cached) {}
@@ -202,6 +230,22 @@ array swiglu(const array& x) {
   return array(shape, x.dtype(), std::make_shared<SwiGlu>(cpu()), {x});
 }
 
+array append(const array& buffer, const array& x, int row) {
+  if (buffer.dtype() != mx::uint32 || x.dtype() != mx::uint32) {
+    require_float("buffer", buffer);
+    require_float("x", x);
+  }
+  if (buffer.ndim() != 4 || x.ndim() != 4 || x.shape(0) != buffer.shape(0) ||
+      x.shape(1) != buffer.shape(1) || x.shape(3) != buffer.shape(3)) {
+    refuse("x: expected (batch, heads, rows, dim), all but its rows as the buffer's");
+  }
+  if (row < 0 || x.shape(2) > buffer.shape(2) - row) {
+    refuse("x: ", x.shape(2), " rows from ", row, " on, in a buffer of ", buffer.shape(2));
+  }
+  if (x.size() == 0) return buffer;
+  return array(buffer.shape(), buffer.dtype(), std::make_shared<Append>(cpu(), row), {buffer, x});
+}
+
 array rotate(const array& x, const array& periods, int offset) {
   require_float("x", x);
   if (x.ndim() != 4 || x.shape(3) % 2 || size_t(x.shape(3)) > most_dim) {
@@ -217,18 +261,18 @@ array rotate(const array& x, const array& periods, int offset) {
 namespace {
 
 // Refuses what is not (batch, heads, rows, dim) as a cache stores it; returns how it is stored.
-Storage require_stored(const char* name, const std::vector<array>& arrays, const array& q) {
+Storage require_stored(const char* name, const Arrays& arrays, const array& q, int heads, int rows) {
   if (arrays.size() != 1 && arrays.size() != 3) {
     refuse(name, ": found ", arrays.size(), " arrays, expected the numbers, or words, scales and ",
            "biases");
   }
   for (const array& a : arrays) {
-    if (a.ndim() != 4 || q.shape(0) != a.shape(0) || a.shape(1) == 0 || q.shape(1) % a.shape(1)) {
+    if (a.ndim() != 4 || q.shape(0) != a.shape(0) || a.shape(1) == 0 || heads % a.shape(1)) {
       refuse(name, ": expected (batch, heads, rows, dim), of q's batch size, with heads that divide ",
              "q's");
     }
-    if (a.shape(1) != arrays[0].shape(1) || a.shape(2) != arrays[0].shape(2)) {
-      refuse(name, ": expected arrays of as many heads and rows");
+    if (a.shape(1) != arrays[0].shape(1) || a.shape(2) < rows) {
+      refuse(name, ": expected arrays of as many heads, and of ", rows, " rows at least");
     }
   }
   int dim = q.shape(3);
@@ -253,49 +297,53 @@ Storage require_stored(const char* name, const std::vector<array>& arrays, const
 
 }  // namespace
 
-Cached take_cached(const array& q, const std::vector<std::vector<array>>& keys,
-                   const std::vector<std::vector<array>>& values, float scale,
+Cached take_cached(const array& q, int heads, const Parts& parts, float scale,
                    const std::optional<array>& sight, std::vector<array>& inputs) {
   require_float("q", q);
-  if (q.ndim() != 4 || size_t(q.shape(3)) > most_dim || q.shape(3) == 0 || q.shape(1) == 0) {
+  if (q.ndim() != 4 || size_t(q.shape(3)) > most_dim || q.shape(3) == 0 || heads <= 0 ||
+      heads > q.shape(1)) {
     refuse("q: expected (batch, heads, rows, dim), with heads, dim up to ", most_dim);
   }
-  if (keys.empty() || keys.size() != values.size()) {
-    refuse("keys and values: found ", keys.size(), " and ", values.size(), " parts, expected as many");
+  const auto& [keys, values, rows] = parts;
+  if (keys.empty() || keys.size() != values.size() || keys.size() != rows.size()) {
+    refuse("keys, values and rows: found ", keys.size(), ", ", values.size(), " and ", rows.size(),
+           " parts, expected as many");
   }
   inputs.push_back(q);
   Storage stored[2];
-  int rows = 0;
+  int seen = 0;
   for (size_t part = 0; part < keys.size(); ++part) {
+    if (rows[part] < 0) refuse("rows: found ", rows[part], ", expected none or more");
     for (auto [which, arrays] : {std::pair(0, &keys[part]), std::pair(1, &values[part])}) {
-      Storage found = require_stored(which ? "values" : "keys", *arrays, q);
+      const char* name = which ? "values" : "keys";
+      Storage found = require_stored(name, *arrays, q, heads, rows[part]);
       if (part && !(found == stored[which])) refuse("keys and values: expected parts stored alike");
       stored[which] = found;
       inputs.insert(inputs.end(), arrays->begin(), arrays->end());
     }
     const array &k = keys[part][0], &v = values[part][0];
-    if (k.shape(2) != v.shape(2) || k.shape(1) != v.shape(1) || k.shape(1) != keys[0][0].shape(1)) {
-      refuse("keys and values: expected as many rows and heads");
+    if (k.shape(1) != v.shape(1) || k.shape(1) != keys[0][0].shape(1)) {
+      refuse("keys and values: expected as many heads");
     }
-    rows += k.shape(2);
+    seen += rows[part];
   }
-  if (rows == 0 && q.shape(2) > 0) refuse("keys: expected rows to look at, found none");
+  if (seen == 0 && q.shape(2) > 0) refuse("keys: expected rows to look at, found none");
   if (sight) {
-    if (sight->dtype() != mx::int32 || sight->shape() != mx::Shape{2, rows}) {
-      refuse("sight: expected (2, ", rows, ") int32");
+    if (sight->dtype() != mx::int32 || sight->shape() != mx::Shape{2, seen}) {
+      refuse("sight: expected (2, ", seen, ") int32");
     }
     inputs.push_back(*sight);
-  } else if (q.shape(2) > rows) {
+  } else if (q.shape(2) > seen) {
     refuse("q: expected no more rows than keys");
   }
-  return {scale, stored[0], stored[1], keys.size(), sight.has_value()};
+  return {scale, heads, stored[0], stored[1], rows, sight.has_value()};
 }
 
-array attention(const array& q, const std::vector<std::vector<array>>& keys,
-                const std::vector<std::vector<array>>& values, float scale,
-                const std::optional<array>& sight) {
+array attention(const array& q, const std::vector<Arrays>& keys, const std::vector<Arrays>& values,
+                const std::vector<int>& rows, float scale, const std::optional<array>& sight) {
   std::vector<array> inputs;
-  Cached cached = take_cached(q, keys, values, scale, sight, inputs);
+  int heads = q.ndim() == 4 ? q.shape(1) : 0;
+  Cached cached = take_cached(q, heads, {keys, values, rows}, scale, sight, inputs);
   // Written as the next product reads it, (batch, rows, heads, dim).
   mx::Shape shape{q.shape(0), q.shape(2), q.shape(1), q.shape(3)};
   array out(shape, q.dtype(), std::make_shared<CacheAttention>(cpu(), cached), inputs);

@@ -20,23 +20,31 @@ mx::array matmul(const mx::array& x, const mx::array& weight);
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps);
 mx::array swiglu(const mx::array& x);
 mx::array rotate(const mx::array& x, const mx::array& periods, int offset);
-// keys, values: the parts of a cache, one array each, or words, scales and biases where packed.
+// The buffer (batch, heads, rows, dim) with x (batch, heads, L, dim) in its rows from `row` on, in its
+// dtype; in place where nobody else holds it. Numbers of float types, or words.
+mx::array append(const mx::array& buffer, const mx::array& x, int row);
+
+// A matrix, keys or values: one array, or words, scales and biases where packed.
+using Arrays = std::vector<mx::array>;
+// The parts of a cache, of which the first `rows` of each hold something.
+struct Parts {
+  const std::vector<Arrays>&keys, &values;
+  const std::vector<int>& rows;
+};
 // sight (2, rows): the first and the last query that see a row; without it, each query sees the
 // rows up to its own.
-mx::array attention(const mx::array& q, const std::vector<std::vector<mx::array>>& keys,
-                    const std::vector<std::vector<mx::array>>& values, float scale,
+mx::array attention(const mx::array& q, const std::vector<Arrays>& keys,
+                    const std::vector<Arrays>& values, const std::vector<int>& rows, float scale,
                     const std::optional<mx::array>& sight);
 
-
 // One token's way through a block in three operations: rows of float32, batches of one.
-// A matrix is one array, or words, scales and biases, with the size of its groups and its bits.
-using Arrays = std::vector<mx::array>;
+// A matrix comes with the size of its groups and its bits, 0 where it is not packed.
 // The normed h (1, 1, dim) times wqkv, as heads (1, heads, 1, head_dim), the first n_turned rotated.
 mx::array turned_heads(const mx::array& h, const mx::array& norm, float eps, const Arrays& wqkv,
                        int group_size, int bits, const mx::array& periods, int offset, int n_turned);
-// h plus wo times what attention of q (1, heads, 1, head_dim) gives.
-mx::array attended(const mx::array& h, const mx::array& q, const std::vector<Arrays>& keys,
-                   const std::vector<Arrays>& values, float scale,
+// h plus wo times what attention of the first heads of q (1, heads or more, 1, head_dim) gives.
+mx::array attended(const mx::array& h, const mx::array& q, int heads, const std::vector<Arrays>& keys,
+                   const std::vector<Arrays>& values, const std::vector<int>& rows, float scale,
                    const std::optional<mx::array>& sight, const Arrays& wo, int group_size, int bits);
 // h plus w2 times the gated w13 times the normed h.
 mx::array feed_forward(const mx::array& h, const mx::array& norm, float eps, const Arrays& w13,

@@ -200,19 +200,19 @@ array turned_heads(const array& h, const array& norm, float eps, const Arrays& w
                std::make_shared<TurnedHeads>(cpu(), eps, packing, offset, n_turned), inputs);
 }
 
-array attended(const array& h, const array& q, const std::vector<Arrays>& keys,
-               const std::vector<Arrays>& values, float scale, const std::optional<array>& sight,
-               const Arrays& wo, int group_size, int bits) {
+array attended(const array& h, const array& q, int heads, const std::vector<Arrays>& keys,
+               const std::vector<Arrays>& values, const std::vector<int>& rows, float scale,
+               const std::optional<array>& sight, const Arrays& wo, int group_size, int bits) {
   int dim = require_row(h);
   if (q.dtype() != mx::float32 || q.ndim() != 4 || q.shape(0) != 1 || q.shape(2) != 1) {
     refuse("q: expected (1, heads, 1, head_dim) float32");
   }
   Storage packing{bits, group_size};
   std::vector<array> inputs;
-  Cached cached = take_cached(q, keys, values, scale, sight, inputs);
+  Cached cached = take_cached(q, heads, {keys, values, rows}, scale, sight, inputs);
   inputs.push_back(h);
-  int rows = take_matrix(wo, q.shape(1) * q.shape(3), packing, inputs);
-  if (rows != dim) refuse("wo: ", rows, " rows, expected ", dim, " as h is long");
+  int n_rows = take_matrix(wo, heads * q.shape(3), packing, inputs);
+  if (n_rows != dim) refuse("wo: ", n_rows, " rows, expected ", dim, " as h is long");
   return array(h.shape(), mx::float32, std::make_shared<Attended>(cpu(), cached, packing), inputs);
 }
 

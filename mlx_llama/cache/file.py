@@ -17,7 +17,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_llama.cache.kv import KVCache
-from mlx_llama.cache.rows import PLAIN, Layer, Stored, group_size
+from mlx_llama.cache.rows import PLAIN, Layer, Storage, Stored, group_size
 from mlx_llama.cache.window import Window
 from mlx_llama.errors import CheckpointError, OptionError
 from mlx_llama.safetensors_reader import open_with_metadata
@@ -44,9 +44,7 @@ def save_cache(
     arrays = dict(_arrays(cache, tokens))
     if any(array.ndim > 1 and array.shape[0] != 1 for array in arrays.values()):
         raise ValueError("a cache of several texts cannot be saved as one")
-    entries: list[Entry] = [
-        (name, str(a.dtype).removeprefix("mlx.core."), a.shape) for name, a in arrays.items()
-    ]
+    entries: list[Entry] = [(name, _name_of(a.dtype), a.shape) for name, a in arrays.items()]
     metadata = {"cache": json.dumps(_state(cache)), "model": json.dumps(dict(fingerprint))}
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
     os.close(handle)  # made for its owner alone, which writing to it does not change
@@ -70,7 +68,8 @@ def load_cache(
 ) -> list[int]:
     """Fill a cache with what `save_cache` wrote for the same model; return the ids.
 
-    dtype: of the activations. keep: the first tokens that must have been kept, where any were
+    dtype: of the activations. Rows in float32 and in float16 are taken as the cache stores them,
+    where activations are float32: other devices store others. keep: the first tokens that must have been kept, where any were
     forgotten; None takes what was kept. The cache decides how it grows, forgets and stores; a file
     that was not saved with the same is refused, but that one from which nothing was forgotten fits
     into any context that is long enough. Raises CheckpointError with the reason, and nothing is
@@ -95,14 +94,17 @@ def load_cache(
             path, f"of --keep {window.keep} and has forgotten tokens, here --keep {keep}"
         )
     is_packed = state.get("is_packed") is True
-    expected = dict(_expected(cache, window, dtype, is_packed=is_packed))
+    name = _dtype_of(refs, dtype)
+    expected = dict(_expected(cache, window, name, is_packed=is_packed))
     if {name: (ref.dtype, ref.shape) for name, ref in refs.items()} != expected:
         raise _refusal(path, "damaged: the arrays are not those that its counts tell of")
     tokens = cast(list[int], refs.pop(TOKENS).read().tolist())
     if tokens and max(tokens) >= cache.config.vocab_size:
         raise _refusal(path, f"damaged: there is no token {max(tokens)}")
     n_layers = cache.config.n_layers if tokens else 0
-    layers = [_layer(refs, index, cache, is_packed=is_packed) for index in range(n_layers)]
+    here = cache.storage.dtype or dtype
+    storage = None if name == _name_of(here) else replace(cache.storage, dtype=here)
+    layers = [_layer(refs, index, cache, storage, is_packed) for index in range(n_layers)]
     cache.take_up(window, layers, is_packed=is_packed)
     return tokens
 
@@ -196,12 +198,26 @@ def _policy(slides: bool) -> str:
     return "slide" if slides else "stop"
 
 
+def _name_of(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def _dtype_of(refs: Mapping[str, TensorRef], dtype: mx.Dtype) -> str:
+    """Return the dtype that a file's numbers have, or ought to have."""
+    last = max((name for name in refs if name != TOKENS), default=None)
+    may_be_half = dtype == mx.float32 and last is not None and refs[last].dtype == "float16"
+    return "float16" if may_be_half else _name_of(dtype)
+
+
 def _expected(
-    cache: KVCache, window: Window, dtype: mx.Dtype, *, is_packed: bool
+    cache: KVCache, window: Window, name: str, *, is_packed: bool
 ) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
-    """Yield dtype and shape of each array that a file with these counts holds, by name."""
+    """Yield dtype and shape of each array that a file with these counts holds, by name.
+
+    name: the dtype of its numbers.
+    """
     yield TOKENS, ("uint32", (window.offset,))
-    config, name = cache.config, str(dtype).removeprefix("mlx.core.")
+    config = cache.config
     for index in range(config.n_layers if window.offset else 0):
         for kind, bits in _stored_bits(cache, is_packed=is_packed):
             parts = [(name, config.head_dim)]
@@ -213,18 +229,28 @@ def _expected(
 
 
 def _stored_bits(cache: KVCache, *, is_packed: bool) -> tuple[tuple[str, int], tuple[str, int]]:
-    bits = cache.bits
-    return ("keys", bits.keys if is_packed else PLAIN), (
-        "values",
-        bits.values if is_packed else PLAIN,
-    )
+    keys, values = (cache.bits.keys, cache.bits.values) if is_packed else (PLAIN, PLAIN)
+    return ("keys", min(keys, PLAIN)), ("values", min(values, PLAIN))
 
 
-def _layer(refs: Mapping[str, TensorRef], index: int, cache: KVCache, *, is_packed: bool) -> Layer:
+def _layer(
+    refs: Mapping[str, TensorRef],
+    index: int,
+    cache: KVCache,
+    storage: Storage | None,
+    is_packed: bool,
+) -> Layer:
+    """Read one layer. storage: of numbers that are to become others; None leaves them."""
+
     def read(kind: str, bits: int) -> Stored:
-        if bits == PLAIN:
-            return Stored((refs[_name(index, kind, 0)].read(),))
-        parts = tuple(refs[_name(index, kind, part)].read() for part in range(3))
-        return Stored(parts, bits, group_size(cache.config.head_dim))
+        n_parts = 1 if bits == PLAIN else 3
+        parts = tuple(refs[_name(index, kind, part)].read() for part in range(n_parts))
+        group = 0 if bits == PLAIN else group_size(cache.config.head_dim)
+        stored = Stored(parts, bits, group)
+        if storage is None:
+            return stored
+        stored = stored.owned(storage)
+        mx.eval(stored.arrays)  # so that the numbers of one layer alone are there twice
+        return stored
 
     return Layer(*(read(*each) for each in _stored_bits(cache, is_packed=is_packed)))

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_llama.cache.rows import KVBits, Layer, Stored, group_size
+from mlx_llama.cache.rows import AS_COMPUTED, KVBits, Layer, Storage, Stored, group_size
 from mlx_llama.cache.view import Sight, View
 from mlx_llama.cache.window import Window
 from mlx_llama.config import ModelConfig
@@ -76,7 +76,8 @@ class KVCache:
     capacity: positions that attention may see, the newest included. slides: a full cache forgets
     the oldest tokens behind the first `keep`, and turns positions back before they leave the range
     that the model was trained for; otherwise it takes no more. bits: of stored keys and values;
-    from packed_from tokens on, plain before.
+    from packed_from tokens on, plain before. storage: the dtype of what is stored, and how it gets
+    into the buffers.
 
     `reserve` makes room for what is to come, so that nothing is copied; beyond it the buffers
     double. Raises OptionError for choices that cannot work.
@@ -91,10 +92,12 @@ class KVCache:
         slides: bool = False,
         bits: KVBits = UNPACKED,
         packed_from: int = 0,
+        storage: Storage = AS_COMPUTED,
     ) -> None:
         self.window = Window(capacity, keep, config.max_context, slides)
         self.bits = bits
         self.packed_from = packed_from
+        self.storage = storage
         if not bits.is_plain:
             group_size(config.head_dim)
         self.config = config
@@ -208,16 +211,16 @@ class KVCache:
         new = self._stored(k, v)
         if self._is_straight or n_tokens == 1:
             # One token takes the row of the one that it no longer sees.
-            rows.write(window.row(window.offset), *new, n_rows=self._rows)
-            assert rows.keys is not None and rows.values is not None
+            row = window.row(window.offset)
+            held = rows.write(row, *new, n_rows=self._rows, storage=self.storage)
             stop = window.offset + n_tokens if self._is_straight else self.capacity
-            return View(((rows.keys.rows(0, stop), rows.values.rows(0, stop)),), self._sight)
+            return View((held,), self._sight, (stop,))
         # What the first queries of the pass still see must not be overwritten by its last tokens.
-        new = self._pending[layer] = (new[0].owned(), new[1].owned())
-        held = window.n_rows
-        if rows.keys is None or rows.values is None or held == 0:
+        new = self._pending[layer] = new[0].owned(self.storage), new[1].owned(self.storage)
+        n_held = window.n_rows
+        if rows.keys is None or rows.values is None or n_held == 0:
             return View((new,), self._sight)
-        return View(((rows.keys.rows(0, held), rows.values.rows(0, held)), new), self._sight)
+        return View(((rows.keys, rows.values), new), self._sight, (n_held, n_tokens))
 
     def advance(self, n_tokens: int) -> None:
         """Count the tokens that every layer has stored."""
@@ -226,7 +229,7 @@ class KVCache:
             for token, row, count in self.window.runs(start, start + n_tokens):
                 first, last = token - start, token - start + count
                 part = keys.rows(first, last), values.rows(first, last)
-                self._layers[layer].write(row, *part, n_rows=self._rows)
+                self._layers[layer].write(row, *part, n_rows=self._rows, storage=self.storage)
         self._pending.clear()
         self.window.advance(n_tokens)
 
@@ -361,8 +364,8 @@ class KVCache:
             assert layer.keys is not None  # a cache that must turn is full
             some = layer.keys.rows(start, stop)
             angles = angles_back(periods, positions[start:stop], delta)
-            turned = Stored.of(turn_back(some.dense(_dtype_of(some)), *angles), some.bits)
-            keys = layer.keys.with_rows(start, turned)
+            turned = Stored.of(turn_back(some.dense(mx.float32), *angles), some.bits)
+            keys = layer.keys.with_rows(start, turned, self.storage)
             # No call stands between these two, so that no signal can come between them.
             layer.keys, self._done = keys, self._done + 1
             del some, turned, keys
@@ -387,8 +390,3 @@ class KVCache:
 
     def _rounded(self, n_tokens: int) -> int:
         return min(-(-max(n_tokens, 1) // STEP) * STEP, self.capacity)
-
-
-def _dtype_of(rows: Stored) -> mx.Dtype:
-    """Return the dtype of the numbers that were stored; scales have it too."""
-    return rows.arrays[-1].dtype

@@ -15,14 +15,15 @@ import mlx.core as mx
 
 from mlx_llama.errors import OptionError
 
-PLAIN = 16  # "16 bits": stored as they come, in the dtype of the activations
-BITS = (PLAIN, 8, 4)
+WIDE = 32  # "32 bits": stored as they come, in float32
+PLAIN = 16  # "16 bits": of a float dtype, which the device decides
+BITS = (WIDE, PLAIN, 8, 4)
 GROUPS = (128, 64, 32)
 
 
 @dataclass(frozen=True, slots=True)
 class KVBits:
-    """Bits per number of stored keys and values; 16 stores them as they are computed."""
+    """Bits per number of stored keys and values; 16 and 32 pack nothing."""
 
     keys: int = PLAIN
     values: int = PLAIN
@@ -30,12 +31,12 @@ class KVBits:
     def __post_init__(self) -> None:
         for bits in (self.keys, self.values):
             if bits not in BITS:
-                raise OptionError(f"--kv-bits: found {bits!r}, expected 16, 8 or 4")
+                raise OptionError(f"--kv-bits: found {bits!r}, expected 32, 16, 8 or 4")
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing is packed."""
-        return self.keys == self.values == PLAIN
+        return min(self.keys, self.values) >= PLAIN
 
     def __str__(self) -> str:
         """Write it as `--kv-bits` takes it."""
@@ -57,10 +58,45 @@ def group_size(head_dim: int) -> int:
 
 
 def row_bytes(head_dim: int, bits: int, itemsize: int) -> int:
-    """Return the bytes of one head's key or value. itemsize: of the activations' dtype."""
-    if bits == PLAIN:
+    """Return the bytes of one head's key or value. itemsize: of plain numbers, and of scales."""
+    if bits >= PLAIN:
         return head_dim * itemsize
     return head_dim * bits // 8 + 2 * (head_dim // group_size(head_dim)) * itemsize
+
+
+def put_rows(buffer: mx.array, new: mx.array, row: int) -> mx.array:
+    """Return the buffer (B, K, S, D) with new (B, K, L, D) in its rows from `row` on.
+
+    In place where nobody else looks, when it is evaluated.
+    """
+    result = copy.copy(buffer)
+    result[..., row : row + new.shape[2], :] = new
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How numbers are kept: `ops.cache_storage` chooses what suits the device.
+
+    dtype: of plain numbers and of packed ones' scales; None leaves them as they come. put: as
+    `put_rows`; into a narrower dtype it must leave finite what is finite.
+    """
+
+    dtype: mx.Dtype | None = None
+    put: Callable[[mx.array, mx.array, int], mx.array] = put_rows
+
+    def blank(self, like: mx.array, n_rows: int) -> mx.array:
+        """Return a buffer of zeros for n_rows like those of an array (B, K, L, D)."""
+        # Zeros, not what happened to be there: a hidden row may be anything but infinite or NaN.
+        dtype = like.dtype if self.dtype is None or like.dtype == mx.uint32 else self.dtype
+        return mx.zeros((*like.shape[:2], n_rows, like.shape[3]), dtype=dtype)
+
+    def owned(self, x: mx.array) -> mx.array:
+        """Return a copy as it is kept, which holds nothing else in memory, as a slice does."""
+        return self.put(self.blank(x, x.shape[2]), x, 0)
+
+
+AS_COMPUTED = Storage()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +114,7 @@ class Stored:
     @classmethod
     def of(cls, x: mx.array, bits: int) -> Self:
         """Store x (B, K, S, D)."""
-        if bits == PLAIN:
+        if bits >= PLAIN:
             return cls((x,))
         group = group_size(x.shape[-1])
         return cls(tuple(mx.quantize(x, group_size=group, bits=bits)), bits, group)
@@ -116,30 +152,23 @@ class Stored:
             )
         )
 
-    def blank(self, n_rows: int) -> Self:
-        """Return so many rows of zeros, of the same form."""
-        # Zeros, not what happened to be there: a hidden row may be anything but infinite or NaN.
-        return self._each(lambda a: mx.zeros((*a.shape[:2], n_rows, a.shape[3]), dtype=a.dtype))
+    def blank(self, n_rows: int, storage: Storage) -> Self:
+        """Return so many rows of zeros for rows like these."""
+        return self._each(lambda a: storage.blank(a, n_rows))
 
-    def owned(self) -> Self:
-        """Return a copy that keeps nothing else alive, as a slice keeps its whole array."""
-        return self._each(mx.contiguous)
+    def owned(self, storage: Storage) -> Self:
+        """Return a copy as it is kept."""
+        return self._each(storage.owned)
 
     def shared(self) -> Self:
         """Return the same rows as a value of its own: writing to one copies them first."""
         return self._each(copy.copy)
 
-    def with_rows(self, row: int, other: Self) -> Self:
+    def with_rows(self, row: int, other: Self, storage: Storage) -> Self:
         """Return the same with other's rows from a row on; in place where nobody else looks."""
-        start = mx.array([row])
         pairs = zip(self.arrays, other.arrays, strict=True)
-        arrays = tuple(mx.slice_update(mine, new, start, axes=(2,)) for mine, new in pairs)
+        arrays = tuple(storage.put(mine, new, row) for mine, new in pairs)
         return type(self)(arrays, self.bits, self.group)
-
-    def write(self, row: int, other: Self) -> None:
-        """Put other's rows here, from a row on, in place."""
-        for mine, new in zip(self.arrays, other.arrays, strict=True):
-            mine[..., row : row + other.n_rows, :] = new
 
     def _each(self, function: Callable[[mx.array], mx.array]) -> Self:
         return type(self)(tuple(map(function, self.arrays)), self.bits, self.group)
@@ -157,19 +186,17 @@ class Layer:
         """What is held in memory."""
         return [a for part in (self.keys, self.values) if part is not None for a in part.arrays]
 
-    def write(self, row: int, keys: Stored, values: Stored, *, n_rows: int) -> None:
-        """Put rows in place, in buffers of n_rows at least."""
-        self.resize(n_rows, keys, values)
-        assert self.keys is not None and self.values is not None
-        self.keys.write(row, keys)
-        self.values.write(row, values)
-
-    def resize(self, n_rows: int, keys: Stored, values: Stored) -> None:
-        """Make the buffers, shaped like keys and values, n_rows long where they are shorter."""
+    def write(
+        self, row: int, keys: Stored, values: Stored, *, n_rows: int, storage: Storage
+    ) -> tuple[Stored, Stored]:
+        """Put rows in place, in buffers of n_rows at least, which are returned."""
         if self.keys is None or self.values is None:
-            self.keys, self.values = keys.blank(n_rows), values.blank(n_rows)
+            self.keys, self.values = keys.blank(n_rows, storage), values.blank(n_rows, storage)
         elif self.keys.n_rows < n_rows:
             self.keys, self.values = self.keys.resized(n_rows), self.values.resized(n_rows)
+        self.keys = self.keys.with_rows(row, keys, storage)
+        self.values = self.values.with_rows(row, values, storage)
+        return self.keys, self.values
 
     def shrink(self, n_rows: int) -> None:
         """Keep the first n_rows alone."""

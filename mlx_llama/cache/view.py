@@ -89,25 +89,41 @@ class Sight:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The rows of one layer in parts, each keys and values, and who sees them."""
+    """The rows of one layer in parts, each keys and values, and who sees them.
 
-    parts: tuple[tuple[Stored, Stored], ...]
+    buffers: keys and values of each part. sight: who sees which rows. counts: how many rows of each
+    part are looked at, the first ones; all of them, where there are none.
+    """
+
+    buffers: tuple[tuple[Stored, Stored], ...]
     sight: Sight
+    counts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Count the rows where the caller did not."""
+        if not self.counts:
+            object.__setattr__(self, "counts", tuple(keys.n_rows for keys, _ in self.buffers))
+
+    @property
+    def parts(self) -> tuple[tuple[Stored, Stored], ...]:
+        """The rows that are looked at."""
+        pairs = zip(self.buffers, self.counts, strict=True)
+        return tuple((keys.rows(0, n), values.rows(0, n)) for (keys, values), n in pairs)
 
     @property
     def n_rows(self) -> int:
         """Rows of all parts, S."""
-        return sum(keys.n_rows for keys, _ in self.parts)
+        return sum(self.counts)
 
     @property
     def n_kv_heads(self) -> int:
         """Number of heads, K."""
-        return self.parts[0][0].n_kv_heads
+        return self.buffers[0][0].n_kv_heads
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing is packed."""
-        return all(rows.bits == PLAIN for part in self.parts for rows in part)
+        return all(rows.bits == PLAIN for part in self.buffers for rows in part)
 
     def mask(self, n_queries: int) -> Mask:
         """Return what the last n_queries see of all rows."""

@@ -30,6 +30,15 @@ class Cached:
         self.exact = scale * numbers + bias
         self.size = np.abs(scale) * numbers + np.abs(bias)
 
+    def followed_by(self, spare: int) -> list[mx.array]:
+        """Return the arrays with so many rows behind them that hold nothing."""
+        if not spare:
+            return self.arrays
+        return [
+            mx.concatenate([a, mx.full((*a.shape[:2], spare, a.shape[3]), 1e9).astype(a.dtype)], 2)
+            for a in self.arrays
+        ]
+
 
 def attended(
     q: mx.array, keys: list[Cached], values: list[Cached], seen: np.ndarray
@@ -56,12 +65,12 @@ def attended(
     seeds, st.integers(1, 2), st.integers(1, 3), st.integers(1, 5), st.integers(0, 40),
     st.integers(0, 200), st.sampled_from([0, 0, 1, 70]), st.sampled_from([7, 64, 96, 128, 256]),
     st.sampled_from([16, 16, 8, 4]), st.sampled_from([16, 16, 8, 4]), types, types, st.booleans(),
-    st.booleans(),
+    st.booleans(), st.sampled_from([0, 0, 1, 40]),
 )  # fmt: skip
 def test_rows_are_attended_as_in_float64(
     kernels: object, seed: int, batch: int, shared: int, group: int, m: int, before: int,
     second: int, dim: int, key_bits: int, value_bits: int, dtype: mx.Dtype, cached: mx.Dtype,
-    is_strided: bool, is_causal: bool,
+    is_strided: bool, is_causal: bool, spare: int,
 ) -> None:  # fmt: skip
     random = np.random.default_rng(seed)
     if dim == 7:
@@ -94,9 +103,8 @@ def test_rows_are_attended_as_in_float64(
     seen = (first <= queries) & (last >= queries)
     sight = None if is_causal else mx.array(np.stack([first, last]).astype(np.int32))
     expected, size, largest = attended(q, keys, values, seen)
-    found = kernels.attention(
-        q, [k.arrays for k in keys], [v.arrays for v in values], dim**-0.5, sight
-    )
+    parts = [[part.followed_by(spare) for part in which] for which in (keys, values)]
+    found = kernels.attention(q, *parts, lengths, dim**-0.5, sight)
     assert found.dtype == dtype
     bound = (total / 64 + 64 + 8 * largest) * 2.0**-24
     assert_close(found, expected, bound * size, 1.0)
@@ -120,7 +128,7 @@ def test_long_caches_are_split_and_joined(kernels: object, bits: int, n_kv_heads
         )
         seen = np.arange(n_rows)[None] <= np.arange(n_rows - m, n_rows)[:, None]
         expected, size, largest = attended(q, [keys], [values], seen)
-        found = kernels.attention(q, [keys.arrays], [values.arrays], 0.125)  # pyright: ignore
+        found = kernels.attention(q, [keys.arrays], [values.arrays], [n_rows], 0.125)  # pyright: ignore
         assert_close(found, expected, (n_rows / 64 + 64 + 8 * largest) * 2.0**-24 * size, 1.0)
 
 
@@ -132,30 +140,37 @@ def test_long_attention_stays_within_its_bound(
 ) -> None:
     q, k = mx.zeros((1, 2, n_queries, 32)), mx.zeros((1, 1, n_rows, 32))
     v = mx.full((1, 1, n_rows, 32), 0.1)
-    found = kernels.attention(q, [[k]], [[v]], scale=1.0)  # pyright: ignore
+    found = kernels.attention(q, [[k]], [[v]], [n_rows], scale=1.0)  # pyright: ignore
     expected = float(np.float32(0.1))
     assert np.abs(float64(found) / expected - 1).max() <= (n_rows / 64 + 128) * 2.0**-24
 
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("keys", "values", "message"),
+    ("keys", "values", "rows", "message"),
     [
-        ([[(1, 2, 9, 64)]], [[(1, 2, 8, 64)]], "as many rows and heads"),
-        ([[(1, 2, 9, 32)]], [[(1, 2, 9, 64)]], "keys: rows of 32, q's of 64"),
-        ([[(1, 3, 9, 64)]], [[(1, 3, 9, 64)]], "heads that divide q's"),
-        ([[(1, 2, 2, 64)]], [[(1, 2, 2, 64)]], "no more rows than keys"),
-        ([[(1, 2, 0, 64)]], [[(1, 2, 0, 64)]], "no more rows than keys|found none"),
-        ([], [], "found 0 and 0 parts"),
+        ([[(1, 2, 9, 64)]], [[(1, 1, 9, 64)]], [9], "as many heads"),
+        ([[(1, 2, 9, 64)]], [[(1, 2, 8, 64)]], [9], "values: .* of 9 rows at least"),
+        ([[(1, 2, 9, 64)]], [[(1, 2, 9, 64)]], [10], "keys: .* of 10 rows at least"),
+        ([[(1, 2, 9, 64)]], [[(1, 2, 9, 64)]], [-1], "rows: found -1"),
+        ([[(1, 2, 9, 32)]], [[(1, 2, 9, 64)]], [9], "keys: rows of 32, q's of 64"),
+        ([[(1, 3, 9, 64)]], [[(1, 3, 9, 64)]], [9], "heads that divide q's"),
+        ([[(1, 2, 9, 64)]], [[(1, 2, 9, 64)]], [2], "no more rows than keys"),
+        ([[(1, 2, 9, 64)]], [[(1, 2, 9, 64)]], [0], "found none"),
+        ([[(1, 2, 9, 64)]], [[(1, 2, 9, 64)]], [4, 5], "found 1, 1 and 2 parts"),
+        ([], [], [], "found 0, 0 and 0 parts"),
     ],
 )
 def test_wrong_caches_are_refused(
-    keys: list[list[tuple[int, ...]]], values: list[list[tuple[int, ...]]], message: str
+    keys: list[list[tuple[int, ...]]],
+    values: list[list[tuple[int, ...]]],
+    rows: list[int],
+    message: str,
 ) -> None:
     assert INSTALLED is not None
     parts = [[[mx.zeros(shape) for shape in part] for part in which] for which in (keys, values)]
     with pytest.raises(ValueError, match=message):
-        INSTALLED.attention(mx.zeros((1, 4, 3, 64)), *parts, 1.0)
+        INSTALLED.attention(mx.zeros((1, 4, 3, 64)), *parts, rows, 1.0)
 
 
 @needs_kernels
@@ -169,7 +184,7 @@ def test_a_cache_that_was_forked_is_not_written_through(tmp_path: Path) -> None:
     for row in range(64):
         buffer[..., row : row + 1, :] = mx.full((1, 1, 1, 32), row + 1.0)
         keys, values = buffer[..., : row + 1, :] * 0, buffer[..., : row + 1, :]
-        outs.append(INSTALLED.attention(q, [[keys]], [[values]], 1.0))
+        outs.append(INSTALLED.attention(q, [[keys]], [[values]], [row + 1], 1.0))
     mx.eval(outs)
     found = [float(out[0, 0, 0, 0].item()) for out in outs]
     assert found == pytest.approx([(row + 2) / 2 for row in range(64)], rel=1e-6)

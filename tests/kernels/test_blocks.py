@@ -59,7 +59,7 @@ def test_one_tokens_way_through_a_block_is_that_of_single_operations(
     k, v = (mx.random.normal((1, n_kv_heads, n_rows, head_dim)) for _ in range(2))
     view = View(((Stored((k,)), Stored((v,))),), Sight(n_rows - 1, 1))
     q = heads[:, :n_heads]
-    out = ops.attended(h, q, view, 0.25, held(wo))
+    out = ops.attended(h, heads, n_heads, view, 0.25, held(wo))
     assert out is not None
     mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25)
     expected = h + mixed.transpose(0, 2, 1, 3).reshape(1, 1, -1) @ wo_numbers.T

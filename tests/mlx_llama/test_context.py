@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mlx_llama
-from mlx_llama import Llama, Message, context, memory
+from mlx_llama import Llama, Message, context, memory, ops
 from mlx_llama.cache import KVBits, KVCache
 from mlx_llama.config import ModelConfig
 from mlx_llama.errors import ContextOverflowError, MemoryShortError, OptionError
@@ -166,6 +166,7 @@ ALL_KEYS = (("n_heads", 4), ("n_kv_heads", 4), ("head_dim", 128), ("n_layers", 4
 FILLED = {
     "short": Filled(512),
     "long": Filled(1536),
+    "32 bits": Filled(1536, KVBits(32, 32)),
     "8 bits": Filled(1536, KVBits(8, 8)),
     "8:4 bits": Filled(1536, KVBits(8, 4)),
     "sliding": Filled(1024, slides=True),
@@ -203,6 +204,7 @@ def test_predicted_peak_is_the_real_one(name: str, dtype: mx.Dtype) -> None:
         slides=case.slides,
         bits=case.bits,
         packed_from=case.packed_from,
+        storage=ops.cache_storage(dtype, case.bits),
     )
     n_prompt = max(2 * case.n_tokens, 2 * case.chunk) if case.slides else case.n_tokens - 4
     request = Request(

@@ -59,6 +59,13 @@ struct Stored {
   Heads scales, biases;
 };
 
+// A cache's buffer (batch, heads, rows, dim), row after row, whose rows from `row` on are written.
+struct Buffer {
+  void* data;
+  Type type;
+  size_t rows, row;
+};
+
 // Attention over stored rows, which come in parts: keys[i] and values[i], all stored alike.
 struct Attention {
   Heads q;
@@ -113,6 +120,8 @@ struct Table {
   void (*swiglu)(const Rows& x, void* y, size_t first, size_t last);
   // Parts are (batch, head) pairs. angles: (m, dim / 2) cosines, then as many sines.
   void (*rotate)(const Heads& x, const float* angles, void* y, size_t first, size_t last);
+  // Parts are (batch, head) pairs. What is finite becomes no infinity in a narrower type.
+  void (*append)(const Heads& x, const Buffer& to, size_t first, size_t last);
   // Parts: see attention_parts; attention_joins of them, each of one or more, are joined at last.
   // scratch: attention_floats for each thread; partial: attention_partial_floats for all.
   size_t (*attention_parts)(const Attention&);
