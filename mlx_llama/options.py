@@ -18,6 +18,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from mlx_llama.errors import OptionError
 
 KV_BITS = (32, 16, 8, 4, "16:8", "16:4", "8:16", "8:4", "4:16", "4:8")
+PLAIN_BITS = ("32", "16")  # of KV_BITS, those that pack nothing, as they are written
 METHODS = ("rtn", "mse", "gptq", "awq", "awq+gptq", "auto")
 MODE_BITS = {"affine": 4, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4}  # what each has by default
 DTYPE_NAMES = ("bfloat16", "float16", "float32")

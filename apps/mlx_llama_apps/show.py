@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from mlx_llama.options import ContextOptions, LoadOptions
+from mlx_llama.options import PLAIN_BITS, ContextOptions, LoadOptions
 from mlx_llama.strict_json import json_text
 from mlx_llama_apps import paths
 from mlx_llama_apps.flags import LoadFlags, PlanFlags, given
@@ -132,6 +132,7 @@ def _memory_facts(
 ) -> dict[str, Any]:
     """Say what running the model takes, and which contexts would fit."""
     from mlx_llama.context import plan_context
+    from mlx_llama.ops import cache_dtype
 
     context = plan_context(options, config, dtype=dtype, weights=directory.loaded_bytes(dtype))
     return {
@@ -140,6 +141,7 @@ def _memory_facts(
         "fits": context.plan.fits,
         "context_reason": context.reason,
         "kv_bits": str(context.bits),
+        "kv_dtype": str(cache_dtype(dtype, context.bits)).removeprefix("mlx.core."),
         "largest_contexts": context.demand.largest_contexts(context.plan.found),
     }
 
@@ -207,13 +209,16 @@ def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
     free = "" if found is None else f" of {size(found)} free"
     doubt = "" if memory["is_proven"] else " (unproven on this device)"
     misfit = "" if memory["fits"] else ": does not fit"
+    kept = memory["kv_dtype"]
+    if memory["kv_bits"] not in PLAIN_BITS:
+        kept = f"{memory['kv_bits']} bits"
     most = ", ".join(f"{n} at {bits} bits" for bits, n in memory["largest_contexts"].items())
     return [
         (
             "memory",
             f"{size(memory['total'])}{free} at context {memory['context']} "
             f"({memory['context_reason']}){doubt}{misfit}: weights {size(memory['weights'])}, "
-            f"cache {size(memory['cache'])} ({memory['kv_bits']} bits), workspace "
+            f"cache {size(memory['cache'])} ({kept}), workspace "
             f"{size(memory['workspace'])}",
         ),
         ("fits", f"contexts up to {most}"),

@@ -68,8 +68,8 @@ def load_cache(
 ) -> list[int]:
     """Fill a cache with what `save_cache` wrote for the same model; return the ids.
 
-    dtype: of the activations. Rows in float32 and in float16 are taken as the cache stores them,
-    where activations are float32: other devices store others. keep: the first tokens that must have been kept, where any were
+    dtype: of the activations; where they are float32, rows in that and in float16 become what the
+    cache stores, as devices differ. keep: the first tokens that must have been kept, where any were
     forgotten; None takes what was kept. The cache decides how it grows, forgets and stores; a file
     that was not saved with the same is refused, but that one from which nothing was forgotten fits
     into any context that is long enough. Raises CheckpointError with the reason, and nothing is

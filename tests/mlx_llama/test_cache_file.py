@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 import mlx_llama
+from mlx_llama import ops
 from mlx_llama.cache import KVBits, KVCache, load_cache, save_cache
+from mlx_llama.cache.rows import AS_COMPUTED, Storage
 from mlx_llama.config import ModelConfig, QuantFormat, RopeScaling, config_from_hf
 from mlx_llama.errors import CheckpointError
 from mlx_llama.fingerprint import model_fingerprint
@@ -360,3 +362,53 @@ def test_a_cache_outlives_the_native_kernels(model: LlamaModel, monkeypatch: Any
         monkeypatch.setattr(LlamaModel, "arrays", lambda _, arrays=arrays: arrays)
         found.append(model_fingerprint(model, mx.float32))
     assert found[0] == found[1] != found[2]
+
+
+# --- dtypes of other devices -------------------------------------------------------------------
+
+HALVES = Storage(mx.float16)  # as the native kernels have it, written by MLX's operations
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("to", [HALVES, AS_COMPUTED], ids=["narrower", "wider"])
+def test_numbers_of_another_device_become_those_of_this_one(
+    tmp_path: Path, model: LlamaModel, form: str, to: Storage
+) -> None:
+    """Chats that were kept in float32 go on where the cache is in half precision, and back."""
+    there, here = (AS_COMPUTED, HALVES) if to is HALVES else (HALVES, AS_COMPUTED)
+    saved = filled(model, **FORMS[form], storage=there)
+    cache, ids = load(save(tmp_path / "c", model, saved), model, **FORMS[form], storage=here)
+    assert ids == IDS
+    expected = mx.float16 if here is HALVES else mx.float32
+    for mine, other in zip(cache.layers(), saved.layers(), strict=True):
+        for array, before in zip(mine.arrays, other.arrays, strict=True):
+            kind = mx.uint32 if before.dtype == mx.uint32 else expected
+            assert array.dtype == kind
+            np.testing.assert_array_equal(np.array(array), np.array(before.astype(kind)))
+    assert {array.dtype for layer in saved.layers() for array in layer.arrays} != {expected}
+
+
+def test_numbers_too_large_for_half_precision_stay_finite(tmp_path: Path) -> None:
+    storage = ops.cache_storage(mx.float32, KVBits())
+    if storage.dtype is None:
+        pytest.skip("no native kernels: caches stay in float32")
+    config = replace(config_from_hf(random_model(CASE)[1], kind="llama2", is_tied=None), n_layers=1)
+    saved = KVCache(config, capacity=8)
+    huge = mx.full((1, config.n_kv_heads, 3, config.head_dim), -1e30)
+    saved.begin(3)
+    saved.append(0, huge, -huge)
+    saved.advance(3)
+    save_cache(tmp_path / "c", saved, tokens=IDS[:3], fingerprint={})
+    cache = KVCache(config, capacity=8, storage=storage)
+    load_cache(tmp_path / "c", cache, dtype=mx.float32, fingerprint={})
+    (layer,) = cache.layers()
+    keys, values = (np.array(array) for array in layer.arrays)
+    assert keys.dtype == np.float16 and (keys == -65504).all() and (values == 65504).all()
+
+
+def test_halves_are_not_taken_for_bfloat16(tmp_path: Path, config: ModelConfig) -> None:
+    half = build_model(config, arrays_of(random_model(CASE)[0]), dtype=mx.float16)
+    saved = filled(half, 5, capacity=64)
+    save_cache(tmp_path / "c", saved, tokens=IDS[:5], fingerprint={})
+    with pytest.raises(CheckpointError, match="damaged: the arrays are not those"):
+        load_cache(tmp_path / "c", KVCache(config, capacity=64), dtype=mx.bfloat16, fingerprint={})

@@ -66,7 +66,8 @@ def shapes(draw: st.DrawFn, policy: str, bits: KVBits = DENSE, *, is_late: bool 
         capacity = draw(st.integers(least, context))
     keep = draw(st.integers(0, capacity - least))
     packed_from = draw(st.integers(1, context)) if is_late else 0
-    return Shape(context, capacity, keep, policy != "stop", bits, packed_from)
+    is_device = draw(st.booleans())
+    return Shape(context, capacity, keep, policy != "stop", bits, packed_from, is_device)
 
 
 def play(shape: Shape, steps: Sequence[Operation], *, is_reserved: bool) -> None:
@@ -204,11 +205,11 @@ def test_trimmed_tokens_come_again(
     again = tokens[n_tokens - n_trimmed :]
     found = feed_in_chunks(cache, again, [5])
     expected = feed_oracle(oracle, again)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=DENSE_TOLERANCE)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=shape.tolerance)
     assert counts_of(cache) == counts_of(oracle)
     if n_tokens <= shape.capacity:
         first = first[:, :, n_tokens - n_trimmed :]
-        np.testing.assert_allclose(found, first, rtol=0, atol=DENSE_TOLERANCE)
+        np.testing.assert_allclose(found, first, rtol=0, atol=shape.tolerance)
 
 
 def feed_oracle(oracle: CacheOracle, tokens: Tokens) -> np.ndarray:

@@ -79,6 +79,7 @@ def bench(
         report = _report(directory, shape, load_options, status)
         report.model |= {
             "kv_bits": str(options.kv_bits),
+            "kv_dtype": _cache_dtype(directory, load_options, options),
             "prefill_chunk": options.prefill_chunk,
         }
         engines = _engines(stack, directory, rival, load_options, options, status)
@@ -193,6 +194,15 @@ def _report(
         "dtype": str(directory.dtype_with(options)).removeprefix("mlx.core."),
     }
     return Report(model, machine_facts(options), {NAME: mlx_llama.__version__})
+
+
+def _cache_dtype(directory: ModelDirectory, load: LoadOptions, options: ContextOptions) -> str:
+    """Name the dtype of plain cached numbers; OptionError where the bits cannot be had."""
+    from mlx_llama.cache import KVBits
+    from mlx_llama.ops import cache_dtype
+
+    found = cache_dtype(directory.dtype_with(load), KVBits(*options.key_value_bits))
+    return str(found).removeprefix("mlx.core.")
 
 
 def _measure(

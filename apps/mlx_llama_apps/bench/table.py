@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mlx_llama.options import PLAIN_BITS
 from mlx_llama_apps.bench.cases import Row
 from mlx_llama_apps.inference import SLOWER
 from mlx_llama_apps.terminal import size, visible
@@ -136,9 +137,12 @@ def _about(report: Report) -> Iterator[str]:
     )
     slower = "" if machine["missing_kernels"] is None else f"; {SLOWER}"
     runs = f"{machine['backend']}, {model['dtype']}; {machine['kernels']}{slower}"
-    if model["kv_bits"] != "16":
+    if model["kv_bits"] not in PLAIN_BITS:
         theirs = "" if report.peer is None else f" ({report.peer}'s is not packed)"
         runs += f"; the cache in {model['kv_bits']} bits{theirs}"
+    elif model["kv_dtype"] != model["dtype"]:
+        theirs = f" (mlx-lm's in {model['dtype']})" if report.peer == "mlx-lm" else ""
+        runs += f"; the cache in {model['kv_dtype']}{theirs}"
     if model["prefill_chunk"] is not None:
         runs += f"; prompts in slices of {model['prefill_chunk']}"
     yield f"runs on {runs}; {machine['processors']} processors"
