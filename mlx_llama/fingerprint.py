@@ -9,22 +9,27 @@ import mlx.core as mx
 
 from mlx_llama.config import ModelConfig
 from mlx_llama.model import LlamaModel
+from mlx_llama.options import FLOAT32
 from mlx_llama.tensor_ref import byte_view
 
 DIGEST_BYTES = 16 << 20  # of the rows that are summed at once
 
 
-def model_fingerprint(model: LlamaModel, dtype: mx.Dtype) -> Mapping[str, str]:
+def model_fingerprint(
+    model: LlamaModel, dtype: mx.Dtype, activations: str = FLOAT32
+) -> Mapping[str, str]:
     """Return what two models must have in common to share a cache, by the name of the part.
 
-    dtype: of the activations. Reads every weight once.
+    dtype: of the activations. activations: as packed products take them; rounded ones give other
+    keys and values, as another dtype does. Reads every weight once.
     """
     config = model.config
+    rounded = "" if activations == FLOAT32 else f", activations {activations}"
     return {
         "shape": _shape(config),
         "RoPE": _rope(config),
         "quantization": _quantization(config),
-        "dtype": str(dtype).removeprefix("mlx.core."),
+        "dtype": str(dtype).removeprefix("mlx.core.") + rounded,
         "weights": _digest(model),
     }
 

@@ -44,7 +44,7 @@ def stop_ids(kind: Kind, tokenizer: Tokenizer, recorded: Iterable[int]) -> froze
 class Llama:
     """One model in memory. Made by `mlx_llama.load`.
 
-    path: the model directory. dtype: of the activations.
+    path: the model directory. dtype: of the activations. activations: as packed products take them.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Llama:
         *,
         path: Path,
         dtype: mx.Dtype,
+        activations: str,
         sampling_defaults: SamplingDefaults,
     ) -> None:
         self.model = model
@@ -62,6 +63,7 @@ class Llama:
         self.config = config
         self.path = path
         self.dtype = dtype
+        self.activations = activations
         self.sampling_defaults = sampling_defaults
 
     @property
@@ -82,7 +84,7 @@ class Llama:
     @cached_property
     def fingerprint(self) -> Mapping[str, str]:
         """What tells this model, as it is loaded, from others: see `model_fingerprint`."""
-        return model_fingerprint(self.model, self.dtype)
+        return model_fingerprint(self.model, self.dtype, self.activations)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Return BOS and a text's tokens, or ids as they are once they are checked."""

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_llama import ops
-from mlx_llama.config import ModelConfig, config_from_hf
+from mlx_llama.config import ModelConfig, QuantFormat, config_from_hf
 from mlx_llama.dtypes import DTYPES
 from mlx_llama.errors import CheckpointError, TokenizerError, UnsupportedModelError
 from mlx_llama.kinds import KINDS, Decision, base_kind, decide_kind, kind_named
@@ -83,6 +83,10 @@ class ModelDirectory:
             self.stored_dtype, is_quantized=self.is_quantized, asked=options.dtype
         )
 
+    def activations_with(self, options: LoadOptions) -> str:
+        """Return how packed products take activations; OptionError for what nothing here does."""
+        return ops.choose_activations(self.forms, asked=options.activations)
+
     def loaded_bytes(self, dtype: mx.Dtype) -> int:
         """Bytes of the weights in memory, where dense tensors have the dtype."""
         return sum(
@@ -112,15 +116,15 @@ class ModelDirectory:
         return self._formats(is_native=False)
 
     def _formats(self, *, is_native: bool) -> tuple[str, ...]:
+        fitting = (form for form in self.forms if ops.is_native_format(form) == is_native)
+        return tuple(sorted(form.describe() for form in fitting))
+
+    @property
+    def forms(self) -> frozenset[QuantFormat]:
+        """Formats of the packed matrices."""
         modules = {n.removesuffix(".scales") for n in self.tensors if n.endswith(".scales")}
         forms = {self.config.quant_format(module) for module in modules}
-        return tuple(
-            sorted(
-                form.describe()
-                for form in forms
-                if form is not None and ops.is_native_format(form) == is_native
-            )
-        )
+        return frozenset(form for form in forms if form is not None)
 
     def arrays(self) -> dict[str, mx.array]:
         """Return the tensors by Hugging Face name; each is read when it is evaluated."""
@@ -162,6 +166,7 @@ def load(
     dtype: str | None = None,
     rope_linear: float | None = None,
     threads: int | None = None,
+    activations: str | None = None,
     on_block: Callable[[int, int], None] | None = None,
 ) -> Llama:
     """Load a model directory.
@@ -169,25 +174,32 @@ def load(
     dtype: of activations and dense weights; None takes what suits weights and device. rope_linear:
     stretch the context of a model without RoPE scaling by this factor, at some cost of accuracy.
     threads: of the native CPU kernels, for all models of the process; None leaves them as they are.
+    activations: "int8" lets those kernels round them to whole numbers of 8 bits where they multiply
+    packed matrices, None and "float32" do not; the newest load decides for all models.
     on_block(done, total) is called after each layer. Raises CheckpointError, TokenizerError,
     UnsupportedModelError or OptionError, each with one line that says what to do.
     """
-    options = LoadOptions(dtype=dtype, rope_linear=rope_linear, threads=threads)
+    options = LoadOptions(
+        dtype=dtype, rope_linear=rope_linear, threads=threads, activations=activations
+    )
     ops.use_threads(options.threads)
     directory = path if isinstance(path, ModelDirectory) else open_model_directory(Path(path))
     config, chosen = directory.config_with(options), directory.dtype_with(options)
+    rounded = directory.activations_with(options)
     # Beside the reading of weights, which leaves the interpreter to others.
     Thread(target=directory.tokenizer.prepare, name="tokenizer").start()
     try:
         model = build_model(config, directory.arrays(), dtype=chosen, on_block=on_block)
     except RuntimeError as error:  # of MLX or the kernels: a file that has changed, no memory
         raise CheckpointError(f"{directory.path}: cannot be loaded: {error}") from error
+    ops.use_activations(rounded)
     return Llama(
         model,
         directory.tokenizer,
         config,
         path=directory.path,
         dtype=chosen,
+        activations=rounded,
         sampling_defaults=directory.sampling,
     )
 

@@ -20,6 +20,8 @@ INTERFACE = 5  # of the extension: one that was built of older sources is refuse
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)
+# Of a matrix whose activations can be rounded to 8 bits, by instructions; 8 for the others.
+MOST_BITS_BESIDE_BYTES = {"baseline": 0, "neon": 0, "avx2": 6, "avx512": 6}
 
 
 @cache
@@ -72,6 +74,13 @@ def _limits() -> Any:
     ours = kernels()
     assert ours is not None
     return ours
+
+
+def takes_bytes(form: QuantFormat) -> bool:
+    """Whether the kernels can round activations to 8 bits for matrices of a format."""
+    if (ours := kernels()) is None or not takes_format(form):
+        return False
+    return form.bits <= MOST_BITS_BESIDE_BYTES.get(ours.instructions(), 8)
 
 
 def takes_product(x: mx.array, scales: mx.array, form: QuantFormat) -> bool:

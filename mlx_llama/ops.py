@@ -7,6 +7,7 @@ reads.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from mlx_llama.cache.view import Sees, View
 from mlx_llama.config import QuantFormat
 from mlx_llama.errors import OptionError
 from mlx_llama.native import Held
+from mlx_llama.options import FLOAT32, INT8
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -115,10 +117,16 @@ def cache_storage(compute: mx.Dtype, bits: KVBits) -> Storage:
     return AS_COMPUTED if ours is None else Storage(dtype, ours.append)
 
 
-def native_summary() -> str:
-    """Say what computes on a CPU: the kernels' instructions and threads, or why there are none."""
+def native_summary(activations: str | None = None) -> str:
+    """Say what computes on a CPU: the kernels' instructions and threads, or why there are none.
+
+    activations: how packed products take them.
+    """
     if (ours := kernels()) is not None:
-        return f"native kernels: {ours.instructions()}, {ours.threads()} threads"
+        rounded = ", activations in 8 bits" if activations == INT8 else ""
+        if rounded and ours.instructions() == "amx":
+            rounded += " but for prompts, which stay on tiles"
+        return f"native kernels: {ours.instructions()}, {ours.threads()} threads{rounded}"
     if backend() != "cpu":
         return "MLX's own kernels"
     return f"MLX's own operations, one thread: {native.missing_reason()}"
@@ -138,17 +146,48 @@ def use_threads(asked: int | None) -> None:
     """Let so many threads compute. Raises OptionError where nothing here can be told to."""
     if asked is None:
         return
-    if (ours := kernels()) is None:
-        why = native.missing_reason() if backend() == "cpu" else f"the model runs on {backend()}"
-        raise OptionError(
-            f"--threads {asked}: only the native CPU kernels have threads to count, and {why}"
-        )
+    ours = _kernels_for(f"--threads {asked}", "have threads to count")
     if asked != ours.threads():
         ours.use_threads(asked)
     if ours.threads() < asked:
         raise OptionError(
             f"--threads {asked}: this process may have {ours.threads()} at most; ask for fewer"
         )
+
+
+def choose_activations(forms: Collection[QuantFormat], *, asked: str | None) -> str:
+    """Choose how packed products take activations: "float32", or "int8" where it is asked for.
+
+    forms: of the model's packed matrices. Raises OptionError where nothing here can do it, or no
+    matrix is multiplied so.
+    """
+    if asked is None:
+        return FLOAT32
+    ours = _kernels_for(f"--activations {asked}", "have a choice")
+    if asked == INT8 and not any(native.takes_bytes(form) for form in forms):
+        found = "; ".join(sorted(form.describe() for form in forms)) or "nothing is packed"
+        raise OptionError(
+            f"--activations {asked}: for no matrix of this model ({found}) do the native kernels "
+            f"({ours.instructions()}) round activations; leave it out"
+        )
+    return asked
+
+
+def use_activations(chosen: str) -> None:
+    """Let packed products take activations so, for all models of the process.
+
+    What was not evaluated yet is computed so, too.
+    """
+    if (ours := kernels()) is not None:
+        ours.use_byte_activations(chosen == INT8)
+
+
+def _kernels_for(option: str, what: str) -> Any:
+    """Return the native kernels; OptionError for an option that does nothing without them."""
+    if (ours := kernels()) is None:
+        why = native.missing_reason() if backend() == "cpu" else f"the model runs on {backend()}"
+        raise OptionError(f"{option}: only the native CPU kernels {what}, and {why}")
+    return ours
 
 
 def prefill_chunk() -> int:

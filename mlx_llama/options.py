@@ -22,6 +22,7 @@ PLAIN_BITS = ("32", "16")  # of KV_BITS, those that pack nothing, as they are wr
 METHODS = ("rtn", "mse", "gptq", "awq", "awq+gptq", "auto")
 MODE_BITS = {"affine": 4, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4}  # what each has by default
 DTYPE_NAMES = ("bfloat16", "float16", "float32")
+FLOAT32, INT8 = ACTIVATIONS = ("float32", "int8")
 DEFAULT_TEMPERATURE = 0.6  # Meta's reference code and the Llama 3 release
 DEFAULT_TOP_P = 0.9
 MAX_BIAS = 1e6  # scores are a few dozen; far larger ones would overflow float32 in the sampler
@@ -230,6 +231,13 @@ class LoadOptions(_Checked):
         "OMP_NUM_THREADS and its control group limit them)",
         low=1,
         high=1024,
+    )
+    activations: str | None = _option(
+        None,
+        "how the native CPU kernels multiply packed matrices by activations: float32, or int8, "
+        "which rounds them to whole numbers of 8 bits: faster and less exact, bench says by how "
+        "much (default: float32)",
+        choices=ACTIVATIONS,
     )
 
 

@@ -67,6 +67,7 @@ def model_facts(
     config = directory.config_with(load_options)
     scaling, formats = config.rope_scaling, directory.format_counts
     dtype, bits = directory.dtype_with(load_options), context_options.key_value_bits
+    activations = directory.activations_with(load_options)
     return {
         "path": str(directory.path),
         "kind": {
@@ -99,12 +100,13 @@ def model_facts(
         "source_files": _source_files(directory.path),
         "backend": ops.backend(),
         "kernels": {
-            "summary": ops.native_summary(),
+            "summary": ops.native_summary(activations),
             "missing": ops.slow_reason(),
             "formats": directory.native_formats,
             "other_formats": directory.other_formats,
         },
         "dtype": str(dtype).removeprefix("mlx.core."),
+        "activations": activations,
     }
 
 

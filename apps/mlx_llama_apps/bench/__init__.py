@@ -1,8 +1,8 @@
 """`mlx-llama bench`: how fast a model reads and writes here, in llama-bench's rows.
 
 `asked` reads what is wanted, `cases` says what is measured, `ours` and `peers` do it, `bandwidth`
-knows the machine, `table` shows what was found; `shapes` and `random_model` make a model where
-there is none, `gguf` another engine's file of it.
+knows the machine, `rounding` what rounded activations cost, `table` shows what was found; `shapes`
+and `random_model` make a model where there is none, `gguf` another engine's file of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from mlx_llama.errors import OptionError
-from mlx_llama.options import ContextOptions, LoadOptions
+from mlx_llama.options import INT8, ContextOptions, LoadOptions
 from mlx_llama.strict_json import json_text
 from mlx_llama_apps import paths
 from mlx_llama_apps.bench.asked import LLAMA_CPP, CaseFlags, PeerFlags, Rival, check_model
@@ -28,6 +28,7 @@ from mlx_llama_apps.terminal import StatusLine
 if TYPE_CHECKING:
     from mlx_llama.loading import ModelDirectory
     from mlx_llama_apps.bench.cases import Case, Engine
+    from mlx_llama_apps.bench.ours import OurEngine
     from mlx_llama_apps.bench.table import Report
 
 ALL_CASES, NO_PEER = CaseFlags(), PeerFlags()
@@ -82,9 +83,11 @@ def bench(
             "kv_dtype": _cache_dtype(directory, load_options, options),
             "prefill_chunk": options.prefill_chunk,
         }
-        engines = _engines(stack, directory, rival, load_options, options, status)
+        ours, peers = _engines(stack, directory, rival, load_options, options, status)
         try:
-            _measure(report, engines, cases, case_flags.repetitions, status)
+            _measure(report, [ours, *peers], cases, case_flags.repetitions, status)
+            if load_options.activations == INT8:
+                report.rounding = ours.cost_of_rounding(status)
         finally:  # what was done is not lost with an interrupt, or a peer that fails
             status.close()
             _tell(report, len(cases), as_json=as_json, as_markdown=markdown)
@@ -134,15 +137,15 @@ def _engines(
     load_options: LoadOptions,
     options: ContextOptions,
     status: StatusLine,
-) -> list[Engine]:
-    """Load the model in every engine; the stack ends them. The peer computes in our dtype."""
+) -> tuple[OurEngine, list[Engine]]:
+    """Load the model in every engine; the stack ends them. A peer computes in our dtype."""
     from mlx_llama_apps.bench.ours import OurEngine
     from mlx_llama_apps.bench.peers import open_peer
 
     ours = OurEngine(directory.path, load_options, options, status)
     stack.callback(ours.close)
     if rival is None:
-        return [ours]
+        return ours, []
     model = stack.enter_context(_peer_model(directory, rival, status))
     status.show(f"loading the model in {rival.name}")
     context = options.context
@@ -156,7 +159,7 @@ def _engines(
         context=context,
     )
     stack.callback(peer.close)
-    return [ours, peer]
+    return ours, [peer]
 
 
 @contextmanager
@@ -183,6 +186,7 @@ def _report(
     from mlx_llama_apps.bench.ours import NAME
     from mlx_llama_apps.bench.table import Report
 
+    activations = directory.activations_with(options)  # refused before anything is measured
     status.show("measuring how fast memory is read")
     formats = ", ".join(f"{n} × {how}" for how, n in directory.format_counts.items())
     model = {
@@ -192,6 +196,7 @@ def _report(
         "matrices": formats,
         "weight_bytes": directory.weight_bytes,
         "dtype": str(directory.dtype_with(options)).removeprefix("mlx.core."),
+        "activations": activations,
     }
     return Report(model, machine_facts(options), {NAME: mlx_llama.__version__})
 

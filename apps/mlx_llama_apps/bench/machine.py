@@ -24,7 +24,7 @@ def machine_facts(options: LoadOptions) -> dict[str, Any]:
     threads = options.threads or n_processors
     return {
         "backend": backend,
-        "kernels": ops.native_summary(),
+        "kernels": ops.native_summary(options.activations),
         "missing_kernels": ops.slow_reason(),
         "processors": n_processors,
         "threads": options.threads,

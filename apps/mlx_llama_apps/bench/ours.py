@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mlx_llama import Llama, Session
+    from mlx_llama_apps.bench.rounding import Cost
 
 NAME = "mlx-llama"
 FILLED_AT_ONCE = 1024
@@ -56,6 +57,15 @@ class OurEngine:
         if case.is_prompt:  # limited by arithmetic
             return None
         return self._inference.call(lambda llama: self._read_bytes(llama, case))
+
+    def cost_of_rounding(self, status: StatusLine) -> Cost:
+        """Return how far the model's predictions are from those with float activations."""
+        from mlx_llama_apps.bench.rounding import measure_cost
+
+        def on_window(number: int, total: int) -> None:
+            status.show(f"measuring what rounded activations cost: window {number} of {total}")
+
+        return self._inference.call(lambda llama: measure_cost(llama, on_window))
 
     def _measure(self, llama: Llama, case: Case) -> Sample:
         session = self._at_depth(llama, case.depth)

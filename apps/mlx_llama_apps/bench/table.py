@@ -14,6 +14,8 @@ from mlx_llama_apps.terminal import size, visible
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from mlx_llama_apps.bench.rounding import Cost
+
 OVER = 1.02  # of the measured bandwidth: more than noise
 
 
@@ -22,7 +24,7 @@ class Report:
     """What was found. model and machine: facts by name. engines: name to version, ours first.
 
     read_bytes: by test, what generating a token reads. bandwidth, chip_bandwidth: bytes a second.
-    process_peaks: by engine, bytes.
+    process_peaks: by engine, bytes. rounding: None where activations are not rounded.
     """
 
     model: dict[str, Any]
@@ -31,6 +33,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     read_bytes: dict[str, int] = field(default_factory=dict)
     process_peaks: dict[str, int | None] = field(default_factory=dict)
+    rounding: Cost | None = None
 
     @property
     def ours(self) -> str:
@@ -63,6 +66,7 @@ def as_json(report: Report) -> dict[str, Any]:
             for name, version in report.engines.items()
         ],
         "tests": [_test(report, row) for row in report.rows],
+        "rounding": None if report.rounding is None else report.rounding.as_json(),
     }
 
 
@@ -156,8 +160,21 @@ def _about(report: Report) -> Iterator[str]:
         peak = report.process_peaks.get(name)
         engines.append(f"{name} {version}" + (f" (process: {size(peak)})" if peak else ""))
     yield visible(f"{', '.join(engines)}")
+    if report.rounding is not None:
+        yield _cost(report.rounding, is_random=model["shape"] is not None)
     if any((report.share(row, "bandwidth") or 0) > OVER for row in report.rows):
         yield "more than memory gives: a part of what is read comes from the processor's caches"
+
+
+def _cost(cost: Cost, *, is_random: bool) -> str:
+    """Say what rounded activations cost."""
+    kld, same = cost.divergence.kld.mean, cost.divergence.same_top
+    doubt = "; of random weights, which says little of others" if is_random else ""
+    return (
+        f"activations in 8 bits: KL divergence {kld.value:.1e} ± {kld.error:.0e} of their own in "
+        f"float32, the same likeliest token at {same.value:.1%} ± {same.error:.1%} of "
+        f"{cost.divergence.n_tokens} positions ({cost.text}){doubt}"
+    )
 
 
 def _columns(report: Report) -> list[str]:
