@@ -28,7 +28,7 @@ DENSE_HEAD_DIM, PACKED_HEAD_DIM = 8, 32  # one group of 32 is the least that MLX
 # Results lie within 4. At positions below 100 an angle is off by 1e-5 in float32 and each turn adds
 # as much; a token seen too much or placed one off shows as 1e-2 and more.
 DENSE_TOLERANCE = 1e-4
-# Half precision keeps 11 bits of a key, whose products with 8 or 32 numbers of a query make a score,
+# Half precision keeps 11 bits of a key, whose products with 8 or 32 numbers of q make a score,
 # and of a value; each turn back rounds a key again (measured: 1.3e-3 at most).
 HALF_TOLERANCE = 4e-3
 # The mean of whole numbers, of the largest of them: float32 sums in another order.
