@@ -9,8 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
+from mlx_llama import ops
+from mlx_llama.cache.rows import KVBits
 from mlx_llama_apps.bench import machine
 from mlx_llama_apps.bench.cases import Case, Row, Sample, cases_of
 from mlx_llama_apps.bench.scratch import work_folder
@@ -63,13 +66,14 @@ def test_json_holds_the_numbers_of_the_table(
 def test_read_bytes_count_weights_without_the_embedding_and_the_cache(
     base_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """dim 64, two layers, 2 key/value heads of 16, float32; the output is a matrix of its own."""
+    """dim 64, two layers, 2 key/value heads of 16; the output is a matrix of its own."""
     assert main(["bench", str(base_model), *FEW, "--depth", "100", "--json"]) == 0
     (_, answer), model = (found := json.loads(capsys.readouterr().out))["tests"], found["model"]
     from mlx_llama.loading import open_model_directory
 
     vocabulary = open_model_directory(base_model).config.vocab_size
-    cached = 2 * 2 * 2 * 16 * 4 * (100 + 1 + 2)
+    number = ops.cache_dtype(mx.float32, KVBits()).size
+    cached = 2 * 2 * 2 * 16 * number * (100 + 1 + 2)
     expected = model["weight_bytes"] - vocabulary * 64 * 4 + cached
     assert answer["read_bytes_per_token"] == expected
 
