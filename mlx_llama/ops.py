@@ -193,10 +193,13 @@ def _kernels_for(option: str, what: str) -> Any:
 def prefill_chunk() -> int:
     """Return how many tokens of a prompt are computed at once.
 
-    A constant, because the size of a slice changes the last bits of the result; small on a CPU,
-    where larger slices are no faster and a cancelled prompt must end soon.
+    A constant, because the size of a slice changes the last bits of the result; smaller on a CPU,
+    where a cancelled prompt must end soon: 512 are no faster there than 256, and without the native
+    kernels these no faster than 128.
     """
-    return 128 if backend() == "cpu" else 512
+    if backend() != "cpu":
+        return 512
+    return 128 if kernels() is None else 256
 
 
 def join_rows(arrays: list[mx.array]) -> mx.array:
