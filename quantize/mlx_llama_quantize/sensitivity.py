@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import log
+from math import isfinite, log
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_llama.config import ModelConfig, QuantFormat
-from mlx_llama.errors import CheckpointError
+from mlx_llama.errors import CheckpointError, QuantizationError
 from mlx_llama.ops import DTYPES
 from mlx_llama.strict_json import json_text, load_json
 from mlx_llama.tokenizer import Tokenizer
@@ -57,7 +57,7 @@ class Sensitivity:
             return low[1] * error / low[0] if low[0] else low[1]
         if error >= high[0]:
             return high[1] * error / high[0]
-        if not low[1] or not high[1]:
+        if not (low[0] and low[1] and high[1]):  # no logarithm of nothing
             return low[1] + (high[1] - low[1]) * (error - low[0]) / (high[0] - low[0])
         share = log(error / low[0]) / log(high[0] / low[0])
         return low[1] ** (1 - share) * high[1] ** share
@@ -110,6 +110,7 @@ class Survey:
             walk = VariantWalk(self.source, vocab_size, self.windows, self._packed, on_progress)
             for measured in walk.run(wanted):
                 for name, form, nats in measured:
+                    _require_number(name, form, nats)
                     self._measured.setdefault(name, {})[form] = nats
                 keeper.keep(self._write)
         untried = [name for name in self.candidates if self._untried(name)]
@@ -141,10 +142,13 @@ class Survey:
         known, forms = self._errors.setdefault(name, {}), self._untried(name)
         values = self._sample(name)
         exact = values.astype(mx.float32)
-        total = float(mx.sum(exact * exact)) or 1.0
+        unit = mx.max(mx.abs(exact)).item() or 1.0  # squares of large weights would be infinite
+        total = float(mx.sum(mx.square(exact / unit))) or 1.0
         for form in forms:
             rest = self._packed(name, values, form) - exact
-            known[form] = float(mx.sum(rest * rest)) / total
+            error = float(mx.sum(mx.square(rest / unit))) / total
+            _require_number(name, form, error)
+            known[form] = error
 
     def _untried(self, name: str) -> list[QuantFormat]:
         known = self._errors.get(name, {})
@@ -193,6 +197,16 @@ def survey_bytes(config: ModelConfig) -> int:
 
 def _most_windows(config: ModelConfig) -> int:
     return max(1, min(MAX_WINDOWS, WORK // config.parameter_count))
+
+
+def _require_number(name: str, form: QuantFormat, found: float) -> None:
+    """Raise QuantizationError for a loss that is none: nothing could be chosen by it."""
+    if not isfinite(found):
+        raise QuantizationError(
+            f"tensor {name}: what {form.bits} bits lose is no number, because weights or what the "
+            "model computes are beyond float32; take --bits in place of --target-bpw, or fetch the "
+            "weights again if they are damaged"
+        )
 
 
 def _key(form: QuantFormat) -> str:

@@ -17,6 +17,7 @@ from mlx_llama_quantize.divergence import TokenScores
 from tiny_models import write_meta, write_model
 
 W1 = "layers.0.feed_forward.w1.weight"
+V = "layers.0.attention.wv.weight"
 SIZE = ["--target-bpw", "4.5"]
 ODD = np.array([0.0, 1e-3, np.inf, -np.inf, np.nan])
 
@@ -87,6 +88,20 @@ def test_weights_that_are_no_numbers_are_not_packed(
     assert not out.exists()
     assert not list(tmp_path.glob("*.partial"))
     assert main(["convert", str(source), "--no-quantize", "-o", str(out)]) == 0
+
+
+@pytest.mark.parametrize(("factor", "code"), [(1e31, 0), (1e38, 1)])
+def test_large_weights_get_a_size_or_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: float, code: int
+) -> None:
+    """Squares of weights near 1e30 are infinite: a division by zero ended the command."""
+    source, out = write_meta(tmp_path / "large", factors={V: factor}), tmp_path / "out"
+    options = ["--group-size", "64", "--no-report", "--quiet"]
+    assert main(["quantize", *SIZE, *options, str(source), "-o", str(out)]) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == code
+    assert all("2 bits lose is no number" in line for line in lines)
+    assert out.exists() == (code == 0)
 
 
 def test_a_picture_has_a_place_for_everything(tmp_path: Path) -> None:

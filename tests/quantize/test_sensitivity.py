@@ -21,6 +21,7 @@ from mlx_llama_quantize.sensitivity import Sensitivity, Survey, SurveyRequest, s
 from mlx_llama_quantize.subject import Subject
 from mlx_llama_quantize.texts import Text
 from model_folders import TINY, TINY_SCALED, write_hf, write_meta
+from random_models import Weights
 
 TEXT = Text("words", "the thing in hello world end " * 40)
 FORM, COARSE = QuantFormat(4, 64), QuantFormat(2, 64)
@@ -102,6 +103,27 @@ def test_stopped_survey_goes_on_to_the_same_numbers(source: SourceModel, tmp_pat
     assert not seen
     path.write_text('{"measured": 3}')
     assert survey_of(source, path).run() == whole
+
+
+def test_a_probe_without_error_leaves_numbers() -> None:
+    """Weights of three values fit into 2 bits: the logarithm of their error ended the command."""
+    exact = Sensitivity("w", {COARSE: 1e-9, FORM: 0.01}, {COARSE: 0.0, FORM: 0.02, FORMS[2]: 0.01})
+    assert exact.divergence(FORMS[2]) == pytest.approx(0.005)
+
+
+def test_errors_of_large_weights_are_those_of_small_ones(tmp_path: Path) -> None:
+    """Squares of weights near 1e30 are infinite in float32."""
+    found: list[dict[QuantFormat, float]] = []
+    for number, size in enumerate((1.0, 2.0**100)):
+
+        def scale(weights: Weights, _: object, size: float = size) -> None:
+            weights["model.layers.0.mlp.down_proj.weight"] *= size
+
+        source = open_source(write_hf(tmp_path / str(number), change=scale), ConvertOptions())
+        asked = survey_of(source, tmp_path / f"{number}.json", "layers.0.feed_forward.w2.weight")
+        asked._look_at("layers.0.feed_forward.w2.weight")
+        found.append(asked._errors["layers.0.feed_forward.w2.weight"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_memory_stays_in_its_bound_however_many_layers(
