@@ -17,7 +17,13 @@ from mlx_llama.config import ModelConfig
 from mlx_llama.loading import ModelDirectory
 from mlx_llama.packed_ref import PackedRef, packed_ref
 from mlx_llama.weights import WeightSource, hf_module
-from mlx_llama_quantize.comparison import HIDDEN_BYTES, SLICE_BYTES, Comparison, OnProgress
+from mlx_llama_quantize.comparison import (
+    HIDDEN_BYTES,
+    SLICE_BYTES,
+    Comparison,
+    OnProgress,
+    Spent,
+)
 from mlx_llama_quantize.divergence import Divergence, TokenScores, summarize
 from mlx_llama_quantize.keeping import OnNote
 from mlx_llama_quantize.products import UNPACKED_BYTES
@@ -58,7 +64,8 @@ class TextUsed:
 class Certificate:
     """The result. divergence and text: None where only weights were compared.
 
-    dtype: of both models' activations. peak_bytes: MLX's, of the measuring. elapsed_s: of it.
+    dtype: of both models' activations. peak_bytes: MLX's, of the measuring. elapsed_s: of it. Where
+    it was stopped and went on, both count all parts, but for what was lost.
     """
 
     weights: tuple[WeightError, ...]
@@ -93,6 +100,7 @@ def certify(
     mx.reset_peak_memory()
     errors = tuple(weight_errors(weights, result))
     used = scores = dtype = None
+    before = Spent()
     if request.text is not None:
         compared = Subject.of_directory(result)
         dtype = str(compared.dtype_with(None)).removeprefix("mlx.core.")
@@ -113,6 +121,7 @@ def certify(
             states=request.states,
             on_note=request.on_note,
         )
+        before = comparison.before
         scores = comparison.run(on_progress=request.on_progress)
         used = TextUsed(
             request.text.name, request.text.sha256, windows.ids.size, len(scores), windows.context
@@ -122,8 +131,8 @@ def certify(
         text=used,
         divergence=None if scores is None else summarize(scores),
         dtype=dtype,
-        elapsed_s=perf_counter() - started,
-        peak_bytes=mx.get_peak_memory(),
+        elapsed_s=before.elapsed_s + perf_counter() - started,
+        peak_bytes=max(before.peak_bytes, mx.get_peak_memory()),
     )
     return certificate, scores
 

@@ -11,8 +11,9 @@ import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from time import perf_counter
 from zipfile import BadZipFile
 
 import mlx.core as mx
@@ -82,6 +83,14 @@ class Side:
         return [mx.contiguous(state[0, windows.scored]) for state in states]
 
 
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What the parts of a comparison before this one took that kept something; bytes: at most."""
+
+    elapsed_s: float = 0.0
+    peak_bytes: int = 0
+
+
 class Comparison:
     """A comparison on its way: scores what is missing, keeps what is done.
 
@@ -89,6 +98,7 @@ class Comparison:
     is_resident: whether both stay in memory; None decides by what is free. states: a folder where
     the scores are kept until the text is done, and found again by whoever compares the same.
     on_note: told where they cannot be kept.
+    `before`: what earlier parts took, without what they lost when they were stopped.
     """
 
     def __init__(
@@ -108,12 +118,14 @@ class Comparison:
         self.is_resident = self._fits() if is_resident is None else is_resident
         self._state = states and states / f"{_key(a, b, windows, dtype)}.npz"
         self._keeper = states and Keeper(states, on_note)
-        self.done, self._parts = self._resumed()
+        self.done, self._parts, self.before = self._resumed()
+        self._started = perf_counter()
 
     def run(
         self, *, on_progress: OnProgress | None = None, cancel: threading.Event | None = None
     ) -> TokenScores:
         """Score the text. KeyboardInterrupt when cancel is set, with what is done kept."""
+        self._started = perf_counter()
         sides = [
             Side(each, dtype=self._dtype, is_resident=self.is_resident) for each in self._subjects
         ]
@@ -181,17 +193,19 @@ class Comparison:
 
     # --- going on where it stopped ---------------------------------------------------------------
 
-    def _resumed(self) -> tuple[int, list[TokenScores]]:
-        """Return windows done and their scores; a damaged file is none."""
+    def _resumed(self) -> tuple[int, list[TokenScores], Spent]:
+        """Return windows done, their scores and what they took; a damaged file is none."""
+        nothing = 0, [], Spent()
         if self._state is None or not self._state.is_file():
-            return 0, []
+            return nothing
         try:
             with self._state.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 scores = TokenScores(**{spec.name: file[spec.name] for spec in fields(TokenScores)})
-        except (OSError, EOFError, ValueError, KeyError, BadZipFile):
-            return 0, []
+                before = Spent(float(file["elapsed_s"]), int(file["peak_bytes"]))
+        except (OSError, EOFError, ValueError, TypeError, KeyError, BadZipFile):
+            return nothing
         done, rest = divmod(len(scores), self.windows.n_scored)
-        return (0, []) if rest or done > len(self.windows) else (done, [scores])
+        return nothing if rest or done > len(self.windows) else (done, [scores], before)
 
     def _keep(self) -> None:
         state = self._state
@@ -200,10 +214,12 @@ class Comparison:
         scores = TokenScores.joined(self._parts)
         self._parts = [scores]
         arrays = {spec.name: getattr(scores, spec.name) for spec in fields(scores)}
+        elapsed_s = self.before.elapsed_s + perf_counter() - self._started
+        peak_bytes = max(self.before.peak_bytes, mx.get_peak_memory())
 
         def write() -> None:
             beside = state.with_name(f"{state.stem}.partial.npz")
-            np.savez(beside, **arrays)
+            np.savez(beside, elapsed_s=elapsed_s, peak_bytes=peak_bytes, **arrays)
             beside.replace(state)
 
         self._keeper.keep(write)

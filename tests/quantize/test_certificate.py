@@ -65,3 +65,37 @@ def test_measuring_takes_no_more_than_its_bound(
     subjects = (subject, Subject.of_directory(result))
     bound = certificate_bytes(source.config, *(s.loaded_bytes(mx.float32) for s in subjects))
     assert found.peak_bytes - before < bound < subject.loaded_bytes(mx.float32)
+
+
+def test_time_counts_the_parts_before_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was that of the last part alone; here a window takes a second in every block."""
+    monkeypatch.setattr(comparison, "HIDDEN_BYTES", 1)  # windows go through the blocks one by one
+    monkeypatch.setattr(module, "CONTEXT", 32)
+    now, stop_at = 0.0, 1.0
+    for each in (module, comparison):
+        monkeypatch.setattr(each, "perf_counter", lambda: now)
+
+    def tick(done: int, total: int) -> None:
+        nonlocal now
+        now += 1.0
+        if done > stop_at * total:
+            raise KeyboardInterrupt
+
+    source = open_source(write_meta(tmp_path / "meta"), ConvertOptions())
+    result = open_model_directory(convert(tmp_path / "meta", tmp_path / "out", bits=4))
+    subject = Subject.of_weights("meta", source.weights, source.tokenizer, source.files)
+    request = Request(TEXT, tmp_path / "certificates", tick)
+    whole, _ = certify(source.weights, subject, result, request)
+    assert whole.elapsed_s == now
+    stop_at = 0.4
+    with pytest.raises(KeyboardInterrupt):
+        certify(source.weights, subject, result, request)
+    stop_at = 0.8
+    with pytest.raises(KeyboardInterrupt):
+        certify(source.weights, subject, result, request)
+    stop_at = 1.0
+    found, _ = certify(source.weights, subject, result, request)
+    assert found.elapsed_s == whole.elapsed_s
+    assert found.divergence == whole.divergence
