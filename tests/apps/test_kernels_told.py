@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from mlx_llama import native
+from mlx_llama.config import QuantFormat
 from mlx_llama_apps import inference
 from mlx_llama_apps.main import main
 
@@ -71,6 +72,20 @@ def test_show_names_the_instructions_that_run(
 ) -> None:
     assert main(["show", str(packed_model)]) == 0
     assert "native kernels: " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    not native.takes_bytes(QuantFormat(4, 32)), reason="no kernels here round activations"
+)
+def test_show_says_when_activations_are_rounded(
+    packed_model: Path, base_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", str(packed_model), "--activations", "int8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["activations"] == "int8"
+    assert "activations in 8 bits" in found["kernels"]["summary"]
+    assert main(["show", str(base_model), "--activations", "int8"]) == 2
+    assert "for no matrix of this model (nothing is packed)" in capsys.readouterr().err
 
 
 def test_kernels_that_refuse_arrays_are_named_and_not_used(

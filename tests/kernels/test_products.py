@@ -25,11 +25,14 @@ from kernels_oracle import (
 FEW = 5  # rows of activations that are multiplied without panels
 
 
-def step_of(n_rows: int) -> float:
+def step_of(n_rows: int, *, is_coarse: bool = False) -> float:
     """Return by how much of its group's largest an activation of n_rows may be off.
 
-    Few are counted in steps of 2^-23, of which half is lost and half a margin; many in 32767ths.
+    Few are counted in steps of 2^-23, of which half is lost and half a margin; many in 32767ths;
+    all in 127ths where they may be coarse.
     """
+    if is_coarse:
+        return 0.505 / 127
     return 1.01 * 2.0**-23 if n_rows <= FEW else 0.505 / 32767
 
 
@@ -37,11 +40,11 @@ def step_of(n_rows: int) -> float:
 @many
 @given(
     seeds, st.sampled_from([2, 3, 4, 5, 6, 8]), st.sampled_from([32, 64, 128]), st.integers(0, 70),
-    st.integers(1, 70), st.integers(1, 9), types, types, layouts,
+    st.integers(1, 70), st.integers(1, 9), types, types, layouts, st.booleans(),
 )  # fmt: skip
 def test_products_are_those_of_float64(
     kernels: object, seed: int, bits: int, group: int, m: int, rows: int, groups: int,
-    dtype: mx.Dtype, scale_dtype: mx.Dtype, layout: str,
+    dtype: mx.Dtype, scale_dtype: mx.Dtype, layout: str, is_coarse: bool,
 ) -> None:  # fmt: skip
     random, columns = np.random.default_rng(seed), group * groups
     x = laid_out(random.normal(size=(m, columns)), layout, dtype)
@@ -50,7 +53,12 @@ def test_products_are_those_of_float64(
         mx.array(random.normal(size=(rows, groups)).astype(np.float32)).astype(scale_dtype)
         for _ in range(2)
     )
-    found = kernels.quantized_matmul(x, weight, scales, biases, group_size=group, bits=bits)
+    kernels.use_byte_activations(is_coarse)
+    try:
+        found = kernels.quantized_matmul(x, weight, scales, biases, group_size=group, bits=bits)
+        mx.eval(found)
+    finally:
+        kernels.use_byte_activations(False)
     stream = np.unpackbits(np.array(weight).view(np.uint8), axis=-1, bitorder="little")
     numbers = stream.reshape(rows, columns, bits) @ (2.0 ** np.arange(bits))
     scale, bias = (np.repeat(float64(a), group, axis=1) for a in (scales, biases))
@@ -58,8 +66,8 @@ def test_products_are_those_of_float64(
     sizes = np.abs(scale) * numbers + np.abs(bias)
     matrix = scale * numbers + bias
     largest = np.abs(wide).reshape(m, groups, group).max(axis=2)
-    steps = np.repeat(largest, group, axis=1) * step_of(m)
-    moved = steps @ (sizes if m <= FEW else np.abs(matrix)).T
+    steps = np.repeat(largest, group, axis=1) * step_of(m, is_coarse=is_coarse)
+    moved = steps @ (sizes if m <= FEW and not is_coarse else np.abs(matrix)).T
     size = (math.sqrt(columns) * np.abs(wide)) @ sizes.T
     assert found.dtype == dtype
     assert_close(found, wide @ matrix.T, size + moved * 2**24, 2**-24)

@@ -171,8 +171,8 @@ def _cost(cost: Cost, *, is_random: bool) -> str:
     kld, same = cost.divergence.kld.mean, cost.divergence.same_top
     doubt = "; of random weights, which says little of others" if is_random else ""
     return (
-        f"activations in 8 bits: KL divergence {kld.value:.1e} ± {kld.error:.0e} of their own in "
-        f"float32, the same likeliest token at {same.value:.1%} ± {same.error:.1%} of "
+        f"activations in 8 bits: mean KL divergence {kld.value:.1e} ± {kld.error:.0e} "
+        f"from float32, same likeliest token at {same.value:.1%} ± {same.error:.1%} of "
         f"{cost.divergence.n_tokens} positions ({cost.text}){doubt}"
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from bench_peer import peer
 from mlx_llama import ops
 from mlx_llama.cache.rows import KVBits
 from mlx_llama_apps.bench import machine
@@ -118,6 +119,8 @@ REFUSALS = [
     (["MODEL", "--depth", "0", "3.5"], 2, "found '3.5', expected a whole number"),
     (["MODEL", "--depth", "4", "4"], 2, "--depth: 4 4 names one twice"),
     (["MODEL", "--depth", "4096"], 2, "--depth 4096: with 512 tokens behind it that is 4608"),
+    (["MODEL", "--activations", "int8"], 2, "--activations int8: "),  # nothing is packed
+    (["MODEL", "--activations", "int4"], 2, "found 'int4', expected one of float32, int8"),
     (["MODEL", "--json", "--markdown"], 2, "--json and --markdown: give one of them"),
     (["MODEL", "--peer", "python"], 2, "--peer: does nothing without --against"),
     (["MODEL", "--peer-model", "x"], 2, "--peer-model: does nothing without --against llama.cpp"),
@@ -154,27 +157,6 @@ def test_without_kernels_it_says_how_much_slower_and_how_to_get_them(
     assert main(["bench", str(base_model), *FEW, "--depth", "0"]) == 0
     out = capsys.readouterr().out
     assert "mlx_llama_kernels is not installed" in out and "times" in out and "make kernels" in out
-
-
-# A peer as the programs are: it says that it is ready, then answers tests.
-PEER = """
-import json, sys
-print(json.dumps({{"version": "9, " + sys.argv[-1]}}), flush=True)
-for line in sys.stdin:
-    asked = json.loads(line)
-    {action}
-    print(json.dumps({{"seconds": asked["n_tokens"] / 100, "peak_bytes": 5000}}), flush=True)
-"""
-
-
-def peer(folder: Path, action: str = "pass") -> str:
-    """Write a program that takes an interpreter's place; returns its path."""
-    script = folder / "peer.py"
-    script.write_text(PEER.format(action=action), encoding="utf-8")
-    program = folder / "python-with-peer"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n', encoding="utf-8")
-    program.chmod(0o755)
-    return str(program)
 
 
 def test_a_peer_runs_in_turns_on_the_same_weights_and_ratios_are_told(

@@ -1,0 +1,173 @@
+"""Activations in 8 bits: where the kernels round, who asks them to, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_llama
+from mlx_llama import Llama, native, ops
+from mlx_llama.config import QuantFormat
+from mlx_llama.errors import CheckpointError, OptionError
+from tiny_models import write_model
+
+FORM = QuantFormat(4, 64)
+needs_kernels = pytest.mark.skipif(native.kernels() is None, reason="no native kernels")
+needs_rounding = pytest.mark.skipif(
+    not native.takes_bytes(FORM), reason="no kernels here round activations"
+)
+IDS = [1, *range(20, 60)]
+
+
+@pytest.fixture(autouse=True)
+def _floats_again() -> Iterator[None]:
+    yield
+    ops.use_activations("float32")
+
+
+@pytest.fixture
+def packed_model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "packed", bits=4, quantize=True)
+
+
+def product(form: QuantFormat, n_rows: int) -> mx.array:
+    random = np.random.default_rng(form.bits)
+    x = mx.array(random.normal(size=(n_rows, 128)).astype(np.float32))
+    words = mx.array(random.integers(0, 2**32, (32, 4 * form.bits), dtype=np.uint32))
+    scales = mx.ones((32, 128 // form.group_size))
+    found = ops.quantized_linear(x, words, scales, -scales, form)
+    mx.eval(found)
+    return found
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", native.BITS)
+@pytest.mark.parametrize(
+    "name", ["baseline", "neon", "avx2", "avxvnni", "avx512", "vnni", "vbmi", "amx"]
+)
+def test_rounding_happens_for_the_formats_that_are_said_to_take_it(name: str, bits: int) -> None:
+    kernels, form = native.kernels(), QuantFormat(bits, 64)
+    assert kernels is not None
+    before = kernels.instructions()
+    if not kernels.use_instructions(name):
+        pytest.skip(f"this processor has no {name}")
+    try:
+        is_rounded = False
+        for n_rows in (1, 40):
+            ops.use_activations("float32")
+            exact = product(form, n_rows)
+            ops.use_activations("int8")
+            is_rounded |= not mx.array_equal(exact, product(form, n_rows)).item()
+        assert is_rounded == native.takes_bytes(form)
+    finally:
+        kernels.use_instructions(before)
+
+
+def last_logits(llama: Llama, *, is_answer: bool) -> np.ndarray:
+    """Return the scores behind a prompt, or behind a token that follows it by itself."""
+    if not is_answer:
+        return np.array(llama.logits(IDS, positions=[-1]))
+    session = llama.session(context=64)
+    assert [*session.complete(IDS, max_tokens=1, temperature=0.0)]
+    hidden = llama.model.hidden(mx.array([[7]]), session.cache)
+    return np.array(llama.model.logits(hidden[0]))
+
+
+@needs_rounding
+@pytest.mark.parametrize("is_answer", [True, False])
+def test_a_later_load_without_it_goes_back_to_floats(packed_model: Path, is_answer: bool) -> None:
+    exact = last_logits(mlx_llama.load(packed_model), is_answer=is_answer)
+    rounded = last_logits(mlx_llama.load(packed_model, activations="int8"), is_answer=is_answer)
+    assert (last_logits(mlx_llama.load(packed_model), is_answer=is_answer) == exact).all()
+    asked = mlx_llama.load(packed_model, activations="float32")
+    assert (last_logits(asked, is_answer=is_answer) == exact).all()
+    differs = np.abs(rounded - exact).max()
+    is_on_tiles = "amx" in ops.native_summary() and not is_answer
+    assert (differs == 0) == is_on_tiles
+    assert differs <= 0.05 * np.abs(exact).max()
+
+
+@needs_rounding
+def test_a_load_that_is_refused_leaves_the_process_as_it_was(
+    packed_model: Path, base_model: Path
+) -> None:
+    exact = product(FORM, 3)
+    mlx_llama.load(packed_model, activations="int8")
+    rounded = product(FORM, 3)
+    with pytest.raises(OptionError, match=r"^--activations int8: for no matrix .*nothing is pack"):
+        mlx_llama.load(base_model, activations="int8")
+    assert mx.array_equal(product(FORM, 3), rounded).item()
+    mlx_llama.load(base_model)
+    assert mx.array_equal(product(FORM, 3), exact).item()
+
+
+@needs_kernels
+def test_instructions_that_do_not_round_are_named() -> None:
+    kernels = native.kernels()
+    assert kernels is not None
+    before = kernels.instructions()
+    kernels.use_instructions("baseline")
+    try:
+        with pytest.raises(OptionError, match=r"\(4 bits, group 64\).* kernels \(baseline\) round"):
+            ops.choose_activations({FORM}, asked="int8")
+        assert ops.choose_activations({FORM}, asked="float32") == "float32"
+    finally:
+        kernels.use_instructions(before)
+
+
+def test_where_prompts_stay_on_tiles_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = SimpleNamespace(instructions=lambda: "amx", threads=lambda: 2)
+    told = "native kernels: amx, 2 threads"
+    rounded = ", activations in 8 bits but for prompts, which stay on tiles"
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "kernels", lambda: tiles)
+        assert ops.native_summary() == told
+        assert ops.native_summary("int8") == told + rounded
+
+
+@needs_kernels
+def test_formats_that_the_kernels_leave_to_mlx_are_refused() -> None:
+    with pytest.raises(OptionError, match=r"\(4 bits, group 32, mxfp4\).*; leave it out"):
+        ops.choose_activations({QuantFormat(4, 32, "mxfp4")}, asked="int8")
+
+
+@pytest.mark.parametrize("asked", ["int8", "float32"])
+def test_without_kernels_there_is_no_choice(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "kernels", lambda: None)
+    monkeypatch.setattr(native, "missing_reason", lambda: "mlx_llama_kernels is not installed")
+    with pytest.raises(
+        OptionError, match=rf"^--activations {asked}: .*kernels have a choice, and .*not installed$"
+    ):
+        ops.choose_activations({FORM}, asked=asked)
+    assert ops.choose_activations({FORM}, asked=None) == "float32"
+
+
+def test_on_a_gpu_there_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "backend", lambda: "metal")
+    with pytest.raises(OptionError, match=r"int8: .*, and the model runs on metal$"):
+        ops.choose_activations({FORM}, asked="int8")
+
+
+def test_an_unknown_one_is_answered_with_the_known_ones(packed_model: Path) -> None:
+    with pytest.raises(OptionError, match="--activations: found 'int4', expected one of float32, "):
+        mlx_llama.load(packed_model, activations="int4")
+
+
+@needs_rounding
+def test_a_saved_cache_of_other_activations_is_computed_anew(
+    packed_model: Path, tmp_path: Path
+) -> None:
+    """As with another dtype: its keys and values are not those that this model computes."""
+    llama = mlx_llama.load(packed_model, activations="int8")
+    session = llama.session(context=64)
+    assert [*session.complete(IDS, max_tokens=2, temperature=0.0)]
+    session.save_cache(tmp_path / "cache")
+    llama.session(context=64).load_cache(tmp_path / "cache")
+    other = mlx_llama.load(packed_model).session(context=64)
+    with pytest.raises(CheckpointError, match="dtype float32, activations int8, here float32;"):
+        other.load_cache(tmp_path / "cache")
