@@ -3,11 +3,13 @@
 Letters used in shapes everywhere: B batch, L new tokens, S cached tokens, H query heads,
 K key/value heads, D head_dim, V vocabulary.
 
-Importing this package is cheap: MLX loads with the first name that needs it (PEP 562).
+Importing this package is cheap: MLX loads with the first name that needs it (PEP 562), and with it
+on Linux, where the native kernels are not installed, an optimised BLAS that is (`blas.py`).
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +51,21 @@ _HOMES = {
     "load": "loading",
     "open_tokenizer": "tokenizer",
 }
+
+
+class _BeforeMlx:
+    """Stands among the finders of modules until MLX is imported, and finds none."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        """Let `blas.py` do its work when MLX is about to be loaded."""
+        if name == "mlx.core":
+            sys.meta_path.remove(_BeforeMlx)
+            import_module("mlx_llama.blas").take()
+
+
+if sys.platform == "linux" and "mlx.core" not in sys.modules:
+    sys.meta_path.insert(0, _BeforeMlx)
 
 
 def __dir__() -> list[str]:

@@ -15,11 +15,11 @@ import mlx.core as mx
 from mlx_llama import ops
 from mlx_llama.cache.kv import STEP
 from mlx_llama.cache.rows import GROUPS, PLAIN, KVBits, row_bytes
+from mlx_llama.cgroups import group_folders
 from mlx_llama.config import ModelConfig
 from mlx_llama.errors import MemoryShortError
 
 FLOAT32 = 4
-CGROUPS = Path("/sys/fs/cgroup")
 CGROUP_FILES = (
     ("memory.max", "memory.current"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -162,6 +162,7 @@ def workspace_bytes(demand: Demand, context: int) -> int:
             _feed_forward_bytes(config, dtype, chunk),
             _prompt_attention_bytes(demand, seen, chunk),
             _token_attention_bytes(config, context, demand.bits, dtype),
+            _dequantized_bytes(config, chunk) if dtype == mx.float32 else 0,
         )
     )
 
@@ -185,6 +186,25 @@ def _native_bytes(demand: Demand, chunk: int) -> int:
 def _feed_forward_bytes(config: ModelConfig, dtype: mx.Dtype, chunk: int) -> int:
     copies = 3 if dtype == mx.float32 else 4
     return copies * chunk * dtype.size * (config.hidden_dim + config.dim)
+
+
+def _dequantized_bytes(config: ModelConfig, chunk: int) -> int:
+    """Count a product with a packed matrix where a BLAS does it: see `ops.quantized_linear`."""
+    if ops.fast_blas() is None or config.quantization is None or chunk < ops.BLAS_ROWS:
+        return 0
+    heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    dim, hidden = config.dim, config.hidden_dim
+    shapes = ((heads + 2 * kv_heads, dim), (dim, heads), (2 * hidden, dim), (dim, hidden))
+    found: list[int] = []
+    for rows, columns in shapes:
+        whole = rows * columns * ops.BLAS_NUMBER
+        # The residual stream twice, what is multiplied, and the product.
+        floats = chunk * (2 * dim + columns + rows)
+        if whole > ops.BLAS_BYTES:  # in parts, which are joined, beside what the norm has left
+            found.append((floats + chunk * rows) * FLOAT32)
+            floats += 3 * chunk * dim
+        found.append(min(ops.BLAS_BYTES, whole) + floats * FLOAT32)
+    return max(found)
 
 
 def _prompt_attention_bytes(demand: Demand, seen: int, chunk: int) -> int:
@@ -263,21 +283,7 @@ def _cgroup_left() -> int | None:
 
 
 def _cgroup_folders() -> list[Path]:
-    """Return the folders of the process's groups, of both versions, up to the roots."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        return []
-    folders: list[Path] = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root = CGROUPS / "memory" if controllers else CGROUPS
-        # Inside a container the path may be the host's, of which only the root is mounted.
-        inner = Path(path.lstrip("/"))
-        folders += [root / part for part in (inner, *inner.parents)]
-    return folders
+    return group_folders("memory")
 
 
 def _left_in(folder: Path, limit: str, used: str) -> int | None:

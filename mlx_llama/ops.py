@@ -7,12 +7,13 @@ reads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_llama import native
+from mlx_llama import blas, native
 from mlx_llama.attention import Manner, attend
 from mlx_llama.cache.rows import AS_COMPUTED, WIDE, KVBits, Storage
 from mlx_llama.cache.view import Sees, View
@@ -20,6 +21,12 @@ from mlx_llama.config import QuantFormat
 from mlx_llama.errors import OptionError
 from mlx_llama.native import Held
 from mlx_llama.options import FLOAT32, INT8
+
+# From so many rows on it pays to dequantize a matrix and multiply by BLAS, some of its rows at a
+# time: MLX takes two floats for each number.
+BLAS_ROWS = 8
+BLAS_BYTES = 32 << 20
+BLAS_NUMBER = 2 * mx.float32.size
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -44,6 +51,17 @@ def kernels() -> Any | None:
     return native.kernels() if backend() == "cpu" else None
 
 
+def fast_blas() -> blas.Blas | None:
+    """Return the BLAS that multiplies float32 matrices in place of kernels, where there is one."""
+    return blas.taken() if backend() == "cpu" and kernels() is None else None
+
+
+def blas_name() -> str | None:
+    """Name the BLAS that multiplies float32 matrices in place of kernels; None for MLX's own."""
+    fast = fast_blas()
+    return None if fast is None else fast.name
+
+
 def runs_ahead() -> bool:
     """Whether arrays are allocated long before they are computed: by MLX's own CPU operations.
 
@@ -66,14 +84,15 @@ def compute_dtype(stored: str, *, is_quantized: bool, asked: str | None) -> mx.D
     stored: dtype of the checkpoint's dense tensors. asked: the user's choice, which wins.
     On a CPU MLX's quantized products are 9 (bfloat16) and 40 (float16) times slower than in
     float32, and dense float16 is slowest of all; a GPU is the other way round. The native kernels
-    compute in float32, and read weights as they are stored.
+    compute in float32, and read weights as they are stored; a BLAS knows float32 alone.
     """
     if asked is not None:
         if asked not in DTYPES:
             raise OptionError(f"--dtype {asked!r}: expected one of {', '.join(DTYPES)}")
         return DTYPES[asked]
     if backend() == "cpu":
-        is_float_slower = stored == "bfloat16" and not is_quantized and kernels() is None
+        has_fast = kernels() is not None or fast_blas() is not None
+        is_float_slower = stored == "bfloat16" and not is_quantized and not has_fast
         return mx.bfloat16 if is_float_slower else mx.float32
     if stored == "float32" and is_quantized:
         return mx.bfloat16
@@ -129,6 +148,9 @@ def native_summary(activations: str | None = None) -> str:
         return f"native kernels: {ours.instructions()}, {ours.threads()} threads{rounded}"
     if backend() != "cpu":
         return "MLX's own kernels"
+    if (fast := fast_blas()) is not None:
+        threads = "" if (n := fast.threads()) is None else f", {n} threads"
+        return f"MLX's own operations, products by {fast.name}{threads}: {native.missing_reason()}"
     return f"MLX's own operations, one thread: {native.missing_reason()}"
 
 
@@ -146,7 +168,9 @@ def use_threads(asked: int | None) -> None:
     """Let so many threads compute. Raises OptionError where nothing here can be told to."""
     if asked is None:
         return
-    ours = _kernels_for(f"--threads {asked}", "have threads to count")
+    if (fast := fast_blas()) is not None and fast.use_threads(asked):
+        return
+    ours = _kernels_for(f"--threads {asked}", "and a BLAS have threads to count")
     if asked != ours.threads():
         ours.use_threads(asked)
     if ours.threads() < asked:
@@ -195,9 +219,10 @@ def prefill_chunk() -> int:
 
     A constant, because the size of a slice changes the last bits of the result; smaller on a CPU,
     where a cancelled prompt must end soon: 512 are no faster there than 256, and without the native
-    kernels these no faster than 128.
+    kernels these no faster than 128. With a BLAS each slice dequantizes all weights, and evaluation
+    stops between matrices.
     """
-    if backend() != "cpu":
+    if backend() != "cpu" or fast_blas() is not None:
         return 512
     return 128 if kernels() is None else 256
 
@@ -225,6 +250,8 @@ def quantized_linear(
         return ours.quantized_matmul(
             x, weight, scales, biases, group_size=form.group_size, bits=form.bits
         )
+    if is_dequantized(x):
+        return _blas_product(x, weight, scales, biases, form)
     return mx.quantized_matmul(
         x,
         weight,
@@ -235,6 +262,39 @@ def quantized_linear(
         bits=form.bits,
         mode=form.mode,
     )
+
+
+def is_dequantized(x: mx.array) -> bool:
+    """Whether a packed matrix is dequantized for x (..., in): there is a BLAS, and many rows."""
+    n_rows = math.prod(x.shape[:-1])
+    return n_rows >= BLAS_ROWS and x.dtype == mx.float32 and fast_blas() is not None
+
+
+def _blas_product(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None, form: QuantFormat
+) -> mx.array:
+    """Multiply by a packed matrix, some rows of it dequantized at a time.
+
+    Evaluates: MLX would allocate all that a pass dequantizes before it computes the first product.
+    """
+    n_rows = max(1, BLAS_BYTES // (x.shape[-1] * BLAS_NUMBER))
+    parts: list[mx.array] = []
+    for start in range(0, weight.shape[0], n_rows):
+        rows = slice(start, start + n_rows)
+        dense = mx.dequantize(
+            weight[rows],
+            scales[rows],
+            None if biases is None else biases[rows],
+            group_size=form.group_size,
+            bits=form.bits,
+            mode=form.mode,
+        )
+        parts.append(x @ dense.astype(mx.float32).T)
+        del dense
+        mx.eval(parts[-1])
+    product = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+    mx.eval(product)  # or its parts would wait beside it
+    return product
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:

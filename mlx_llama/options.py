@@ -227,8 +227,8 @@ class LoadOptions(_Checked):
     )
     threads: int | None = _option(
         None,
-        "threads of the native CPU kernels (default: the processors that this process may use, as "
-        "OMP_NUM_THREADS and its control group limit them)",
+        "threads of the native CPU kernels, or of the BLAS in their place (default: the processors "
+        "that this process may use, as OMP_NUM_THREADS and its control group limit them)",
         low=1,
         high=1024,
     )

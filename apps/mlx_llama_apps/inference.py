@@ -23,6 +23,7 @@ from mlx_llama_apps.terminal import StatusLine
 
 NOTICEABLE_BYTES = 64 << 20  # weights of a model that is slow enough to say why
 SLOWER = "4-bit models decode 22 to 42 times slower; `make kernels` builds them (docs/cpu.md)"
+SECOND_BEST = "where that cannot be, `apt install libopenblas0` makes prompts faster"
 
 if TYPE_CHECKING:
     from mlx_llama import Llama, Step
@@ -188,6 +189,11 @@ class Inference(Generic[S]):
             job.results.put(end)
 
 
+def slower(blas: str | None) -> str:
+    """Say what is lost without the kernels, and what helps; blas: what multiplies instead."""
+    return SLOWER if blas is not None else f"{SLOWER}; {SECOND_BEST}"
+
+
 def _left(until: float | None) -> float | None:
     return None if until is None else max(0.0, until - monotonic())
 
@@ -230,7 +236,7 @@ def model_loader(
         directory = open_model_directory(path)
         is_large = directory.weight_bytes >= NOTICEABLE_BYTES
         if is_large and directory.native_formats and (reason := ops.slow_reason()) is not None:
-            remark(f"without native CPU kernels ({reason}): {SLOWER}")
+            remark(f"without native CPU kernels ({reason}): {slower(ops.blas_name())}")
         dtype = directory.dtype_with(load_options)
         plan_context(
             context_options,

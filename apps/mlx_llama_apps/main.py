@@ -24,6 +24,7 @@ from cyclopts import (
 )
 
 import mlx_llama
+from mlx_llama import blas
 from mlx_llama.errors import MlxLlamaError, OptionError, is_ctrl_c
 from mlx_llama_apps import bench, chat, compare, convert, pull, quantize, run, show, verify
 from mlx_llama_apps.flags import read_value
@@ -77,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens, is_debugged = _without_debug(tokens)
     command = tokens[0] if tokens and tokens[0] in COMMANDS else None
     try:
+        if name := os.environ.get(blas.VARIABLE):
+            blas.choose(name)
         _refuse_mistyped_option(command, tokens)
         app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()

@@ -12,7 +12,7 @@ from mlx_llama.options import PLAIN_BITS, ContextOptions, LoadOptions
 from mlx_llama.strict_json import json_text
 from mlx_llama_apps import paths
 from mlx_llama_apps.flags import LoadFlags, PlanFlags, given
-from mlx_llama_apps.inference import SLOWER
+from mlx_llama_apps.inference import slower
 from mlx_llama_apps.terminal import size, visible
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def model_facts(
         "kernels": {
             "summary": ops.native_summary(activations),
             "missing": ops.slow_reason(),
+            "blas": ops.blas_name(),
             "formats": directory.native_formats,
             "other_formats": directory.other_formats,
         },
@@ -199,7 +200,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 def _kernels(facts: dict[str, Any]) -> str:
     kernels = facts["kernels"]
     if kernels["missing"] is not None:
-        return f"{kernels['summary']}; {SLOWER}"
+        return f"{kernels['summary']}; {slower(kernels['blas'])}"
     others = ", ".join(kernels["other_formats"])
     if facts["backend"] == "cpu" and others:
         return f"{kernels['summary']}; MLX's own operations, slower, for {others}"

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from mlx_llama import native
+from mlx_llama import blas, native
 from mlx_llama.config import QuantFormat
 from mlx_llama_apps import inference
 from mlx_llama_apps.main import main
@@ -30,6 +30,7 @@ def packed_model(base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "taken", lambda: None)
     monkeypatch.setattr(native, "kernels", lambda: None)
     monkeypatch.setattr(native, "missing_reason", lambda: MISSING)
     monkeypatch.setattr(native, "can_be_built", lambda: True)
@@ -55,7 +56,29 @@ def test_show_says_what_is_missing(packed_model: Path, capsys: pytest.CaptureFix
     assert kernels["missing"] == MISSING and kernels["other_formats"] == []
     assert kernels["formats"] == ["4 bits, group 32"]
     assert main(["show", str(packed_model)]) == 0
-    assert "make kernels" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "make kernels" in out and "apt install libopenblas0" in out
+
+
+@pytest.mark.usefixtures("no_kernels")
+def test_show_names_the_blas_that_multiplies_instead(
+    packed_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blas, "taken", lambda: blas.Blas("libopenblas.so.0", object()))
+    assert main(["show", str(packed_model), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kernels"]["blas"] == "libopenblas.so.0"
+    assert main(["show", str(packed_model)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "products by libopenblas.so.0" in out and "make kernels" in out
+    assert "apt install" not in out
+
+
+def test_a_blas_below_the_current_folder_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(blas.VARIABLE, "./libopenblas.so.0")
+    assert main(["show", "bundled"]) == 2
+    assert "MLX_LLAMA_BLAS=./libopenblas.so.0: expected off" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_kernels")

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 import mlx_llama
-from mlx_llama import Llama, Message, context, memory, ops
+from mlx_llama import Llama, Message, blas, context, memory, native, ops
 from mlx_llama.cache import KVBits, KVCache
-from mlx_llama.config import ModelConfig
+from mlx_llama.config import ModelConfig, QuantFormat
 from mlx_llama.errors import ContextOverflowError, MemoryShortError, OptionError
 from mlx_llama.generation import Request, generate
 from mlx_llama.memory import Demand
 from mlx_llama.options import ContextOptions, GenerationOptions
-from mlx_llama.weights import build_model, hf_module, tensor_shapes
+from mlx_llama.weights import build_model, hf_module, is_matrix, tensor_shapes
 
 PEAK_TOLERANCE = 0.05  # of the peak, as promised
 
@@ -197,6 +197,46 @@ def test_predicted_peak_is_the_real_one(name: str, dtype: mx.Dtype) -> None:
         f"{hf_module(name)}.weight": (mx.random.normal(shape) * 0.02).astype(dtype)
         for name, shape in tensor_shapes(config).items()
     }
+    predicted, found = peaks(case, config, arrays, dtype)
+    assert predicted == pytest.approx(found, rel=PEAK_TOLERANCE)
+
+
+BIG = (("dim", 768), ("hidden_dim", 3072), ("n_heads", 12), ("head_dim", 64), ("n_layers", 2))
+DEQUANTIZED = {
+    "small": Filled(512),
+    "8 bits": Filled(1024, KVBits(8, 8)),
+    "sliding": Filled(512, slides=True),
+    "whole matrices": Filled(256, changes=BIG),
+    "parts": Filled(256, changes=(("dim", 1024), ("hidden_dim", 2560), ("n_layers", 2))),
+    "parts, large chunks": Filled(1032, chunk=512, changes=BIG),
+}
+
+
+@pytest.mark.parametrize("name", DEQUANTIZED)
+def test_the_plan_knows_what_is_dequantized_for_a_blas(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "kernels", lambda: None)
+    monkeypatch.setattr(blas, "taken", lambda: blas.Blas("libtest.so.0", object()))
+    if "parts" in name:
+        monkeypatch.setattr(ops, "BLAS_BYTES", 8 << 20)
+    case, form = DEQUANTIZED[name], QuantFormat(bits=4, group_size=64)
+    config = replace(medium_config(**dict(case.changes)), quantization=form)
+    arrays: dict[str, mx.array] = {}
+    for tensor, shape in tensor_shapes(config).items():
+        module, weight = hf_module(tensor), mx.random.normal(shape) * 0.02
+        packed = mx.quantize(weight, form.group_size, form.bits) if is_matrix(tensor) else [weight]
+        parts = zip(("weight", "scales", "biases"), packed, strict=False)
+        arrays |= {f"{module}.{part}": array for part, array in parts}
+    mx.eval(arrays)
+    predicted, found = peaks(case, config, arrays, mx.float32)
+    assert predicted == pytest.approx(found, rel=PEAK_TOLERANCE)
+
+
+def peaks(
+    case: Filled, config: ModelConfig, arrays: dict[str, mx.array], dtype: mx.Dtype
+) -> tuple[int, int]:
+    """Fill a context; return the peak that was predicted for it and the one that was found."""
     model = build_model(config, arrays, dtype=dtype)
     weights = sum(array.nbytes for array in model.arrays())
     mx.clear_cache()
@@ -221,8 +261,7 @@ def test_predicted_peak_is_the_real_one(name: str, dtype: mx.Dtype) -> None:
     )
     assert len(list(generate(model, cache, request))) == 4
     demand = Demand(config, weights, case.bits, dtype, case.chunk, case.slides, case.packed_from)
-    predicted, found = demand.at(case.n_tokens, None).total, mx.get_peak_memory() - others
-    assert predicted == pytest.approx(found, rel=PEAK_TOLERANCE)
+    return demand.at(case.n_tokens, None).total, mx.get_peak_memory() - others
 
 
 class NoText:

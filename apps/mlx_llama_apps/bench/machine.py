@@ -26,6 +26,7 @@ def machine_facts(options: LoadOptions) -> dict[str, Any]:
         "backend": backend,
         "kernels": ops.native_summary(options.activations),
         "missing_kernels": ops.slow_reason(),
+        "blas": ops.blas_name(),
         "processors": n_processors,
         "threads": options.threads,
         "chip": chip,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_llama.options import PLAIN_BITS
 from mlx_llama_apps.bench.cases import Row
-from mlx_llama_apps.inference import SLOWER
+from mlx_llama_apps.inference import slower
 from mlx_llama_apps.terminal import size, visible
 
 if TYPE_CHECKING:
@@ -139,8 +139,8 @@ def _about(report: Report) -> Iterator[str]:
         f"{model['name']}: {model['parameters'] / 1e6:,.1f} M parameters, {model['matrices']}, "
         f"{size(model['weight_bytes'])}"
     )
-    slower = "" if machine["missing_kernels"] is None else f"; {SLOWER}"
-    runs = f"{machine['backend']}, {model['dtype']}; {machine['kernels']}{slower}"
+    hint = "" if machine["missing_kernels"] is None else f"; {slower(machine['blas'])}"
+    runs = f"{machine['backend']}, {model['dtype']}; {machine['kernels']}{hint}"
     if model["kv_bits"] not in PLAIN_BITS:
         theirs = "" if report.peer is None else f" ({report.peer}'s is not packed)"
         runs += f"; the cache in {model['kv_bits']} bits{theirs}"
