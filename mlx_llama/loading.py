@@ -175,7 +175,7 @@ def load(
     stretch the context of a model without RoPE scaling by this factor, at some cost of accuracy.
     threads: of the native CPU kernels or the BLAS, for all models of the process; None leaves them
     as they are. activations: "int8" lets the kernels round them to whole numbers of 8 bits where
-    they multiply packed matrices, None and "float32" do not; the newest load decides for all models.
+    they multiply packed matrices, None and "float32" do not; the newest load decides for all.
     on_block(done, total) is called after each layer. Raises CheckpointError, TokenizerError,
     UnsupportedModelError or OptionError, each with one line that says what to do.
     """
