@@ -93,6 +93,8 @@ class Storage:
 
     def owned(self, x: mx.array) -> mx.array:
         """Return a copy as it is kept, which holds nothing else in memory, as a slice does."""
+        if self.dtype is None:
+            return mx.contiguous(x)
         return self.put(self.blank(x, x.shape[2]), x, 0)
 
 
