@@ -69,14 +69,7 @@ class Packed:
         if self.biases is not None:  # scales are numbers then, not bit patterns
             dtype = self.dtype or scales.dtype
             scales, biases = scales.astype(dtype), self.biases[ids].astype(dtype)
-        rows = mx.dequantize(
-            self.weight[ids],
-            scales,
-            biases,
-            group_size=self.form.group_size,
-            bits=self.form.bits,
-            mode=self.form.mode,
-        )
+        rows = ops.dequantize(self.weight[ids], scales, biases, self.form)
         return rows if self.dtype is None else rows.astype(self.dtype)
 
     def arrays(self) -> list[mx.array]:

@@ -92,6 +92,16 @@ def takes_product(x: mx.array, scales: mx.array, form: QuantFormat) -> bool:
     )
 
 
+def takes_numbers(x: mx.array, form: QuantFormat) -> bool:
+    """Whether the kernels pack x (..., in) in this format."""
+    return takes_format(form) and x.dtype in FLOATS and x.shape[-1] % form.group_size == 0
+
+
+def takes_packed(scales: mx.array, biases: mx.array, form: QuantFormat) -> bool:
+    """Whether the kernels unpack numbers of this format."""
+    return takes_format(form) and scales.dtype in FLOATS and biases.dtype == scales.dtype
+
+
 def takes_dense(x: mx.array, weight: mx.array) -> bool:
     """Whether the kernels multiply x by a dense matrix."""
     return x.dtype in FLOATS and weight.dtype in FLOATS and x.dtype in (mx.float32, weight.dtype)

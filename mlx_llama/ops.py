@@ -164,6 +164,11 @@ def is_native_format(form: QuantFormat) -> bool:
     return native.takes_format(form)
 
 
+def packs_by_threads(form: QuantFormat) -> bool:
+    """Whether `quantize` shares one matrix out among threads: the native kernels do."""
+    return kernels() is not None and native.takes_format(form)
+
+
 def use_threads(asked: int | None) -> None:
     """Let so many threads compute. Raises OptionError where nothing here can be told to."""
     if asked is None:
@@ -281,20 +286,41 @@ def _blas_product(
     parts: list[mx.array] = []
     for start in range(0, weight.shape[0], n_rows):
         rows = slice(start, start + n_rows)
-        dense = mx.dequantize(
-            weight[rows],
-            scales[rows],
-            None if biases is None else biases[rows],
-            group_size=form.group_size,
-            bits=form.bits,
-            mode=form.mode,
-        )
+        bias_rows = None if biases is None else biases[rows]
+        dense = dequantize(weight[rows], scales[rows], bias_rows, form)
         parts.append(x @ dense.astype(mx.float32).T)
         del dense
         mx.eval(parts[-1])
     product = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
     mx.eval(product)  # or its parts would wait beside it
     return product
+
+
+def quantize(x: mx.array, form: QuantFormat) -> tuple[mx.array, ...]:
+    """Pack x (..., in): words (..., in * bits / 32) uint32, scales and, in affine mode, biases.
+
+    Scales (..., in / group) are of x's dtype, bit patterns but in affine mode. On a CPU the bits
+    are those of `mx.quantize`, whoever packs.
+    """
+    ours = kernels()
+    if ours is not None and native.takes_numbers(x, form):
+        return tuple(ours.quantize(x, group_size=form.group_size, bits=form.bits))
+    return tuple(mx.quantize(x, group_size=form.group_size, bits=form.bits, mode=form.mode))
+
+
+def dequantize(
+    weight: mx.array, scales: mx.array, biases: mx.array | None, form: QuantFormat
+) -> mx.array:
+    """Unpack words (..., in * bits / 32): (..., in), in affine mode of the scales' dtype.
+
+    On a CPU the bits are those of `mx.dequantize`, whoever unpacks.
+    """
+    ours = kernels()
+    if ours is not None and biases is not None and native.takes_packed(scales, biases, form):
+        return ours.dequantize(weight, scales, biases, group_size=form.group_size, bits=form.bits)
+    return mx.dequantize(
+        weight, scales, biases, group_size=form.group_size, bits=form.bits, mode=form.mode
+    )
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:

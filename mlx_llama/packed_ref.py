@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_llama import ops
 from mlx_llama.config import QuantFormat
 from mlx_llama.dtypes import DTYPES
 from mlx_llama.errors import CheckpointError
@@ -49,14 +50,9 @@ class PackedRef:
         scales = self.scales.read(rows)
         if self.biases is not None:
             scales = scales.astype(mx.float32)
-        values = mx.dequantize(
-            self.codes.read(rows),
-            scales,
-            None if self.biases is None else self.biases.read(rows).astype(mx.float32),
-            group_size=self.form.group_size,
-            bits=self.form.bits,
-            mode=self.form.mode,
-        ).astype(DTYPES[self.dtype].array)
+        biases = None if self.biases is None else self.biases.read(rows).astype(mx.float32)
+        values = ops.dequantize(self.codes.read(rows), scales, biases, self.form)
+        values = values.astype(DTYPES[self.dtype].array)
         mx.eval(values)
         return values
 

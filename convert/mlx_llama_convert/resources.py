@@ -88,7 +88,7 @@ def needs_of(
         memory_found=available_memory(),
         disk=disk_bytes(output_bytes) + (kept[1] if kept and is_one_disk else 0),
         disk_found=shutil.disk_usage(_existing(target)).free,
-        seconds=weights * _seconds_per_weight(form, method) / n_threads,
+        seconds=weights * _seconds_per_weight(form, method, n_threads),
         kept=None if is_one_disk else kept,
     )
 
@@ -138,8 +138,8 @@ def _existing(path: Path) -> Path:
     return path if path.is_dir() else _existing(path.parent)
 
 
-def _seconds_per_weight(form: QuantFormat | None, method: str) -> float:
-    """Time one thread's work on a sample: packing, or copying where nothing is packed."""
+def _seconds_per_weight(form: QuantFormat | None, method: str, n_threads: int) -> float:
+    """Time packing a sample, or copying where nothing is packed, with so many threads."""
     sample = mx.ones(_SAMPLE_SHAPE, dtype=mx.bfloat16, stream=mx.cpu)
     mx.eval(sample)
     started = perf_counter()
@@ -148,4 +148,5 @@ def _seconds_per_weight(form: QuantFormat | None, method: str) -> float:
     else:
         with mx.stream(mx.cpu):
             pack_matrix(sample, form, "rtn" if method == "rtn" else "mse")
-    return (perf_counter() - started) / sample.size
+    is_shared = form is not None and method == "rtn" and ops.packs_by_threads(form)
+    return (perf_counter() - started) / sample.size / (1 if is_shared else n_threads)

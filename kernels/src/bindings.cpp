@@ -38,6 +38,12 @@ NB_MODULE(_kernels, m) {
         "h plus wo times what attention of the first heads of one token's q (1, H, 1, D) gives.");
   m.def("feed_forward", &mlk::graph::feed_forward, "h"_a, "norm"_a, "eps"_a, "w13"_a, "w2"_a,
         "group_size"_a, "bits"_a, "h plus w2 times the gated w13 times the normed h (1, 1, dim).");
+  m.def("quantize", &mlk::graph::quantize, "x"_a, nb::kw_only(), "group_size"_a, "bits"_a,
+        "x (..., in) packed: [words (..., in * bits / 32), scales, biases (..., in / group_size)], the bits\n"
+        "of mx.quantize on a CPU.");
+  m.def("dequantize", &mlk::graph::dequantize, "weight"_a, "scales"_a, "biases"_a, nb::kw_only(),
+        "group_size"_a, "bits"_a,
+        "Packed numbers (..., in * bits / 32) as (..., in) of the scales' dtype, the bits of mx.dequantize.");
   m.def("keep_likeliest", &mlk::graph::keep_likeliest, "scores"_a, "top_k"_a, "top_p"_a, "min_p"_a,
         "scores (V,) float32, minus infinity for all but the likeliest, without sorting them.");
   m.def("file_array", &mlk::graph::file_array, "path"_a, "offset"_a, "shape"_a, "dtype"_a,

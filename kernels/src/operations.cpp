@@ -180,6 +180,20 @@ void attention(Pool& pool, const Table& table, const Attention& a) {
   });
 }
 
+void quantize(Pool& pool, const Table& table, const Groups& g, const PackedGroups& to) {
+  pool.each(g.n, rows_at_once(g.group), [&](size_t first, size_t last, size_t) {
+    table.quantize(g, to, first, last);
+  });
+}
+
+void dequantize(Pool& pool, const Table& table, const Matrix& a, void* y) {
+  if (a.columns == 0) return;
+  size_t groups = a.rows * (a.columns / a.group);
+  pool.each(groups, rows_at_once(a.group), [&](size_t first, size_t last, size_t) {
+    table.dequantize(a, y, first, last);
+  });
+}
+
 namespace {
 
 std::unique_ptr<float[]> floats(size_t n) { return std::make_unique_for_overwrite<float[]>(n); }

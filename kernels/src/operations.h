@@ -18,6 +18,9 @@ void rotate(Pool&, const Table&, const Heads& x, const float* periods, int offse
 // The rows of x into a cache's buffer, in its type.
 void append(Pool&, const Table&, const Heads& x, const Buffer& to);
 void attention(Pool&, const Table&, const Attention&);
+// Numbers to words, scales and biases, and back.
+void quantize(Pool&, const Table&, const Groups&, const PackedGroups&);
+void dequantize(Pool&, const Table&, const Matrix&, void* y);
 
 // One row of float32 through what lies between two products, without a pause: at most few_rows.
 struct Norm {

@@ -49,6 +49,11 @@ mx::array attended(const mx::array& h, const mx::array& q, int heads, const std:
 // h plus w2 times the gated w13 times the normed h.
 mx::array feed_forward(const mx::array& h, const mx::array& norm, float eps, const Arrays& w13,
                        const Arrays& w2, int group_size, int bits);
+// x (..., in) packed to words (..., in * bits / 32), scales and biases (..., in / group_size), and back:
+// the bits of MLX's own operations on a CPU.
+std::vector<mx::array> quantize(const mx::array& x, int group_size, int bits);
+mx::array dequantize(const mx::array& weight, const mx::array& scales, const mx::array& biases,
+                     int group_size, int bits);
 // scores (V,) float32, minus infinity for what is not among the likeliest.
 mx::array keep_likeliest(const mx::array& scores, int top_k, double top_p, double min_p);
 // Packs values (out, in) with scales and biases of less squared error than the nearest: words, scales,

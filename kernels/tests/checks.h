@@ -13,6 +13,8 @@ void check_rotation(Pool&, const Table&);
 void check_attention(Pool&, const Table&);
 // One query over a long cache keeps every thread busy, however many parts the rows are cut into.
 void check_sharing(const Table&);
+// Words, scales and biases bit for bit as MLX's CPU operations make them.
+void check_packing(Pool&, const Table&);
 // What lies between two products, at once: the same numbers as one after the other.
 void check_joined(Pool&, const Table&);
 // After each operation the thread's vector registers must be as narrow code expects them.

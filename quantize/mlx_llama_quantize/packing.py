@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
+from mlx_llama import ops
 from mlx_llama.config import QuantFormat
 from mlx_llama.errors import QuantizationError
 from mlx_llama.ops import DTYPES
@@ -156,7 +157,7 @@ def pack_matrix(values: mx.array, form: QuantFormat, method: str) -> dict[str, m
     if method == "mse" and form.mode == "affine":
         packed = mse.quantize(values, form)
     else:
-        packed = mx.quantize(values, group_size=form.group_size, bits=form.bits, mode=form.mode)
+        packed = ops.quantize(values, form)
     arrays: dict[str, mx.array] = dict(zip(PARTS, packed, strict=False))
     mx.eval(arrays)
     return arrays
@@ -164,13 +165,8 @@ def pack_matrix(values: mx.array, form: QuantFormat, method: str) -> dict[str, m
 
 def unpacked(parts: Mapping[str, mx.array], form: QuantFormat) -> mx.array:
     """Return what a matrix packed in affine mode is read as, (out, in) float32."""
-    return mx.dequantize(
-        parts["weight"],
-        parts["scales"].astype(mx.float32),
-        parts["biases"].astype(mx.float32),
-        group_size=form.group_size,
-        bits=form.bits,
-    )
+    scales, biases = (parts[part].astype(mx.float32) for part in ("scales", "biases"))
+    return ops.dequantize(parts["weight"], scales, biases, form)
 
 
 def refuse_no_numbers(name: str, values: mx.array) -> None:

@@ -132,7 +132,7 @@ def test_kernels_give_the_same_bytes(
 def test_kernels_refuse_what_they_cannot_pack() -> None:
     assert KERNELS is not None
     search = {"cut": 0.5, "rounds": 1}
-    with pytest.raises(ValueError, match="rows of groups of 64"):
+    with pytest.raises(ValueError, match="rows of 96, expected groups of 64"):
         KERNELS.least_squares(mx.zeros((2, 96)), group_size=64, bits=4, **search)
     with pytest.raises(ValueError, match="bits: found 7"):
         KERNELS.least_squares(mx.zeros((2, 64)), group_size=64, bits=7, **search)

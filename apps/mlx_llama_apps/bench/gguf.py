@@ -18,6 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_llama import ops
 from mlx_llama.config import ModelConfig, QuantFormat
 from mlx_llama.errors import OptionError
 from mlx_llama.loading import ModelDirectory
@@ -179,13 +180,8 @@ class _Tensor:
             scales, biases = (
                 tensors[f"{self._module}.{p}"].read(rows) for p in ("scales", "biases")
             )
-            weight = mx.dequantize(
-                weight,
-                scales.astype(mx.float32),
-                biases.astype(mx.float32),
-                group_size=form.group_size,
-                bits=form.bits,
-            )
+            scales, biases = (a.astype(mx.float32) for a in (scales, biases))
+            weight = ops.dequantize(weight, scales, biases, form)
         return np.array(weight.astype(mx.float32))
 
 

@@ -5,69 +5,16 @@
 // A lane holds a group: W of them are turned into columns, and gone through five times.
 #pragma once
 
-#include "mlx_llama_kernels/lanes.h"
+#include "mlx_llama_kernels/groups.h"
 
 namespace mlk::MLK_ISA {
-
-constexpr size_t most_group = 128;
-
-// A product that is rounded before anything is added to it.
-static inline F apart(F product) {
-#if defined(__x86_64__)
-  asm("" : "+v"(product));
-#elif defined(__aarch64__)
-  asm("" : "+w"(product));
-#endif
-  return product;
-}
-
-static inline F magnitude(F x) { return (F)((U)x & 0x7fffffffu); }
-
-// Whole numbers, ties to even: from 0 to 2^22, or any.
-static inline F whole_small(F x) { return (x + 8388608.0f) - 8388608.0f; }
-static inline F whole(F x) {
-  F size = magnitude(x), near = whole_small(size);
-  near = size < 8388608.0f ? near : size;
-  return (F)((U)near | ((U)x & 0x80000000u));
-}
-
-// As the type holds them.
-static inline F kept(F x, float*) { return x; }
-static inline F kept(F x, bf16*) {
-  U bits = (U)x;
-  return (F)((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
-}
-static inline F kept(F x, f16*) {
-  f16 halves[W];
-  float lanes[W];
-  store(lanes, x);
-  narrow_row(lanes, halves, W);
-  return load(halves);
-}
-
-struct Grid {
-  F scale, bias;
-};
-
-// MLX's own: the end of larger magnitude is met, and so is 0.
-template <class T>
-static inline Grid minimum_maximum(F low, F high, float steps) {
-  I is_low = magnitude(low) > magnitude(high);
-  F scale = larger((high - low) / steps, all(1e-7f));
-  scale = is_low ? scale : -scale;
-  F edge = is_low ? low : high;
-  F at = whole(edge / scale);
-  I is_zero = at == 0.0f;
-  scale = is_zero ? scale : edge / (is_zero ? all(1.0f) : at);
-  return {kept(scale, (T*)nullptr), kept(is_zero ? F{} : edge, (T*)nullptr)};
-}
 
 // The range without as much at either end, `cut` steps together.
 template <class T>
 static inline Grid cut_range(F low, F high, float steps, float cut) {
   F scale = (high - low) / (steps + cut);
   F bias = apart((low + high) * 0.5f) - apart(scale * (steps * 0.5f));
-  return {kept(scale, (T*)nullptr), kept(bias, (T*)nullptr)};
+  return {kept<T>(scale), kept<T>(bias)};
 }
 
 static inline F inverse(F scale) {
@@ -96,7 +43,7 @@ static inline Grid solved(const F* columns, size_t group, Grid from, F total, fl
   I is_flat = spread < 0.5f;
   F scale = is_flat ? F{} : shared / (is_flat ? all(1.0f) : spread);
   F bias = total / n - apart(scale * mean);
-  return {kept(scale, (T*)nullptr), kept(bias, (T*)nullptr)};
+  return {kept<T>(scale), kept<T>(bias)};
 }
 
 // Squared errors in squared steps.
@@ -118,7 +65,8 @@ static inline Grid searched(const F* columns, size_t group, F low, F high, F tot
   for (int round = 0; round < how.rounds; ++round) {
     grid = solved<T>(columns, group, grid, total, steps);
   }
-  Grid known = minimum_maximum<T>(low, high, steps);
+  Grid known = met_ends(low, high, steps);  // MLX's own
+  known = {kept<T>(known.scale), kept<T>(known.bias)};
   I is_usable = grid.scale != 0.0f;
   grid.scale = is_usable ? grid.scale : known.scale;
   F found = error_of(columns, group, grid, steps), error = error_of(columns, group, known, steps);

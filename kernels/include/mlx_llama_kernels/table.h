@@ -132,6 +132,10 @@ struct Table {
   void (*attention_join)(const Attention&, float* partial, size_t first, size_t last);
 
   void (*least_squares)(const Groups&, const Search&, const PackedGroups&);
+  // Parts are groups. The bits are those of MLX's own operations on a CPU.
+  void (*quantize)(const Groups&, const PackedGroups&, size_t first, size_t last);
+  // The packed matrix, of any rows, as numbers y of its type.
+  void (*dequantize)(const Matrix&, void* y, size_t first, size_t last);
 };
 
 constexpr size_t few_rows = 5;
