@@ -343,7 +343,7 @@ class ConvertOptions(_Checked):
     mode: str = _option("affine", "format: affine, mxfp4, mxfp8 or nvfp4", choices=tuple(MODE_BITS))
     method: str = _option(
         "rtn",
-        "rtn (round to nearest), mse (scales of least squared error; default of quantize), or with "
+        "rtn (round to nearest), mse (scales of less squared error; default of quantize), or with "
         "a calibration text: gptq (weights make up for each other's errors), awq (finer steps for "
         "strong inputs), awq+gptq (both), auto (of those what errs least, matrix by matrix)",
         choices=METHODS,
