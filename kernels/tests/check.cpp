@@ -24,6 +24,7 @@ int main(int argc, char** argv) {
         check_product(pool, chosen());
         check_rows(pool, chosen());
         check_rotation(pool, chosen());
+        check_append(pool, chosen());
         check_attention(pool, chosen());
         check_joined(pool, chosen());
         check_packing(pool, chosen());

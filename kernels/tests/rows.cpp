@@ -53,3 +53,26 @@ void check_rotation(Pool& pool, const Table& table) {
 }
 
 }  // namespace mlk
+
+// New rows in a buffer of another type, and all others as they were; what is finite stays so.
+void check_append(Pool& pool, const Table& table) {
+  size_t batch = between(1, 2), heads = between(1, 5), m = between(1, 9), dim = between(1, 70);
+  size_t row = between(0, 5), rows = row + m + between(0, 5);
+  std::vector<float> numbers = normals(batch * heads * m * dim);
+  for (float& x : numbers) x *= std::pow(10.0f, float(between(-9, 9)));
+  Values x(between(0, 3) ? Type::f32 : Type::bf16, numbers);
+  Heads in = heads_of(x, batch, heads, m, dim, between(0, 1));
+  Values buffer(any_type(), normals(batch * heads * rows * dim));
+  append(pool, table, in, {buffer.bytes.data(), buffer.type, rows, row});
+  for (size_t i = 0; i < buffer.exact.size(); ++i) {
+    size_t d = i % dim, at = i / dim % rows, part = i / dim / rows;
+    double expected = buffer.exact[i], bound = 0;
+    if (at >= row && at < row + m) {
+      expected = x.exact[part / heads * in.stride_batch + part % heads * in.stride_head +
+                         (at - row) * in.stride_row + d];
+      if (buffer.type == Type::f16) expected = std::clamp(expected, -65504.0, 65504.0);
+      bound = buffer.type == x.type ? 0 : rounding(buffer.type, expected);
+    }
+    require(read(buffer.type, buffer.bytes, i), expected, bound, "appending");
+  }
+}
