@@ -52,8 +52,6 @@ void check_rotation(Pool& pool, const Table& table) {
   }
 }
 
-}  // namespace mlk
-
 // New rows in a buffer of another type, and all others as they were; what is finite stays so.
 void check_append(Pool& pool, const Table& table) {
   size_t batch = between(1, 2), heads = between(1, 5), m = between(1, 9), dim = between(1, 70);
@@ -76,3 +74,5 @@ void check_append(Pool& pool, const Table& table) {
     require(read(buffer.type, buffer.bytes, i), expected, bound, "appending");
   }
 }
+
+}  // namespace mlk
