@@ -1,3 +1,4 @@
+#include <algorithm>
 #include "caches.h"
 #include "checks.h"
 
