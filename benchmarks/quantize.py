@@ -3,8 +3,8 @@
     python benchmarks/quantize.py FOLDER [--bits 4] [--rounds 5]
 
 FOLDER is a checkpoint, as `random_checkpoint.py` makes one. Target: at 4 bits at most 3 times the
-time of rounding to nearest. Both times are of quantizing alone, on two threads, once a small part
-has gone before.
+time of rounding to nearest. Times are of quantizing alone, on two threads, once a small part has
+gone before, with the native kernels and without them (NumPy searches and MLX rounds then).
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from pathlib import Path
 
 from measuring import interleave, print_table, ratio, run, spread
 
-NUMPY = "mse in NumPy"
+WITHOUT = "without the kernels"
 # Argument 1: the folder; 2: bits; 3: method; 4, where there is one: without the native kernels.
 PYTHON = """
 import sys
 from pathlib import Path
 from time import perf_counter, process_time
+from mlx_llama import native
 from mlx_llama.options import ConvertOptions
 from mlx_llama_convert import make_plan, open_source
-from mlx_llama_quantize import mse, quantize_weights
+from mlx_llama_quantize import quantize_weights
 if sys.argv[4:]:
-    mse.quantize = mse.quantize_in_numpy
+    native.kernels = lambda: None
 options = ConvertOptions(bits=int(sys.argv[2]), method=sys.argv[3])
 plan = make_plan(open_source(Path(sys.argv[1]), options), options)
 def quantize(names):
@@ -46,11 +47,13 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
+    bases = {"rtn": "rtn", "mse": "rtn"}
+    bases |= {f"{name}, {WITHOUT}": f"{base}, {WITHOUT}" for name, base in bases.items()}
     cases = {
-        name: lambda more=more: run(
-            [sys.executable, "-c", PYTHON, str(given.folder), str(given.bits), *more]
+        name: lambda name=name: run(
+            [sys.executable, "-c", PYTHON, str(given.folder), str(given.bits), *name.split(", ")]
         )
-        for name, more in {"rtn": ["rtn"], "mse": ["mse"], NUMPY: ["mse", NUMPY]}.items()
+        for name in bases
     }
     runs = interleave(given.rounds, cases)
     times, cpu_times = (
@@ -65,7 +68,7 @@ def main() -> None:
                 spread(times[name]),
                 spread(cpu_times[name]),
                 spread([r.peak_bytes / 1e6 for r in results], 0),
-                ratio(times[name], times["rtn"]),
+                ratio(times[name], times[bases[name]]),
             ]
             for name, results in runs.items()
         ],
