@@ -234,9 +234,9 @@ class LoadOptions(_Checked):
     )
     activations: str | None = _option(
         None,
-        "how the native CPU kernels multiply packed matrices by activations: float32, or int8, "
-        "which rounds them to whole numbers of 8 bits: faster and less exact, bench says by how "
-        "much (default: float32)",
+        "how the native CPU kernels take activations where a matrix is packed: float32, or int8, "
+        "which rounds them to 8 bits, faster and less exact; bench says by how much (default: "
+        "float32)",
         choices=ACTIVATIONS,
     )
 
