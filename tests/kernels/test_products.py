@@ -36,6 +36,19 @@ def step_of(n_rows: int, *, is_coarse: bool = False) -> float:
     return 1.01 * 2.0**-23 if n_rows <= FEW else 0.505 / 32767
 
 
+def product(
+    kernels: object, x: mx.array, packed: tuple[mx.array, ...], group: int, bits: int, *,
+    is_coarse: bool,
+) -> mx.array:  # fmt: skip
+    kernels.use_byte_activations(is_coarse)  # pyright: ignore
+    try:
+        found = kernels.quantized_matmul(x, *packed, group_size=group, bits=bits)  # pyright: ignore
+        mx.eval(found)
+    finally:
+        kernels.use_byte_activations(False)  # pyright: ignore
+    return found
+
+
 @needs_kernels
 @many
 @given(
@@ -53,12 +66,7 @@ def test_products_are_those_of_float64(
         mx.array(random.normal(size=(rows, groups)).astype(np.float32)).astype(scale_dtype)
         for _ in range(2)
     )
-    kernels.use_byte_activations(is_coarse)
-    try:
-        found = kernels.quantized_matmul(x, weight, scales, biases, group_size=group, bits=bits)
-        mx.eval(found)
-    finally:
-        kernels.use_byte_activations(False)
+    found = product(kernels, x, (weight, scales, biases), group, bits, is_coarse=is_coarse)
     stream = np.unpackbits(np.array(weight).view(np.uint8), axis=-1, bitorder="little")
     numbers = stream.reshape(rows, columns, bits) @ (2.0 ** np.arange(bits))
     scale, bias = (np.repeat(float64(a), group, axis=1) for a in (scales, biases))
@@ -77,8 +85,9 @@ def test_products_are_those_of_float64(
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-6])
 @pytest.mark.parametrize("n_rows", [1, 20])
+@pytest.mark.parametrize("is_coarse", [False, True])
 def test_small_activations_beside_a_large_one_keep_their_steps(
-    kernels: object, bits: int, spread: float, n_rows: int
+    kernels: object, bits: int, spread: float, n_rows: int, is_coarse: bool
 ) -> None:
     """Each activation is off by a step of its group's largest at most, and by none of another's."""
     random, columns = np.random.default_rng(bits), 256
@@ -91,12 +100,10 @@ def test_small_activations_beside_a_large_one_keep_their_steps(
     packed = np.packbits(stream.reshape(columns, -1), axis=-1, bitorder="little")
     weight = mx.array(packed.view(np.uint32))
     ones, none = mx.ones((columns, 4)), mx.zeros((columns, 4))
-    found = kernels.quantized_matmul(  # pyright: ignore
-        mx.array(x), weight, ones, none, group_size=64, bits=bits
-    )
+    found = product(kernels, mx.array(x), (weight, ones, none), 64, bits, is_coarse=is_coarse)
     largest = np.repeat(np.abs(x).reshape(n_rows, 4, 64).max(axis=2), 64, axis=1)
     error = np.abs(float64(found) - x.astype(np.float64))
-    assert (error <= largest * (step_of(n_rows) + 2.0**-24)).all()
+    assert (error <= largest * (step_of(n_rows, is_coarse=is_coarse) + 2.0**-24)).all()
     assert error[0, 70] <= 1000 * 3 * 2.0**-24  # the largest: what floats round alone
 
 
