@@ -41,5 +41,8 @@ def test_greedy_tokens_are_the_peers(name: str, peer: str, tmp_path: Path) -> No
     assert [entry["prompt"] for entry in golden] == list(PROMPTS[name])
     for entry in golden:
         assert llama.prompt_ids(entry["prompt"]) == entry["ids"]
-        steps = llama.stream(entry["prompt"], temperature=0.0, max_tokens=N_TOKENS, ignore_eos=True)
+        # In float32 throughout: a random model's likeliest tokens are near ties.
+        steps = llama.stream(
+            entry["prompt"], temperature=0.0, max_tokens=N_TOKENS, ignore_eos=True, kv_bits=32
+        )
         assert [step.token_id for step in steps] == entry["tokens"]
