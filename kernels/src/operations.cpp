@@ -10,6 +10,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -68,6 +72,11 @@ std::vector<const Table*> find_tables() {
         }
       }
     }
+  }
+#elif defined(__aarch64__) && defined(__linux__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) {
+    tables.push_back(table_dotprod());
+    if (getauxval(AT_HWCAP2) & HWCAP2_I8MM) tables.push_back(table_i8mm());
   }
 #endif
   return tables;

@@ -13,7 +13,7 @@ int main(int argc, char** argv) {
   check_pool();
   check_likeliest();
   for (const char* name :
-       {"baseline", "neon", "avx2", "avxvnni", "avx512", "vnni", "vbmi", "amx"}) {
+       {"baseline", "neon", "dotprod", "i8mm", "avx2", "avxvnni", "avx512", "vnni", "vbmi", "amx"}) {
     if (!choose(name)) {
       std::printf("%s: not on this processor\n", name);
       continue;

@@ -48,7 +48,8 @@ def product(form: QuantFormat, n_rows: int) -> mx.array:
 @needs_kernels
 @pytest.mark.parametrize("bits", native.BITS)
 @pytest.mark.parametrize(
-    "name", ["baseline", "neon", "avx2", "avxvnni", "avx512", "vnni", "vbmi", "amx"]
+    "name",
+    ["baseline", "neon", "dotprod", "i8mm", "avx2", "avxvnni", "avx512", "vnni", "vbmi", "amx"],
 )
 def test_rounding_happens_for_the_formats_that_are_said_to_take_it(name: str, bits: int) -> None:
     kernels, form = native.kernels(), QuantFormat(bits, 64)

@@ -17,7 +17,18 @@ from mlx_llama_quantize import mse
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 KERNELS = native.kernels()
-INSTRUCTIONS = ("baseline", "neon", "avx2", "avxvnni", "avx512", "vnni", "vbmi", "amx")
+INSTRUCTIONS = (
+    "baseline",
+    "neon",
+    "dotprod",
+    "i8mm",
+    "avx2",
+    "avxvnni",
+    "avx512",
+    "vnni",
+    "vbmi",
+    "amx",
+)
 RELATIVE = 1e-5  # of an error: the search adds up in float32, the test in float64
 
 

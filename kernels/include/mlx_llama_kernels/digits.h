@@ -9,10 +9,11 @@
 
 #include "mlx_llama_kernels/matrix.h"
 
-#if MLK_LANES >= 8
+#if defined(MLK_HAS_DOTS)
 namespace mlk::MLK_ISA::digits {
 
-#if (MLK_LANES == 16 && defined(__AVX512VNNI__)) || (MLK_LANES == 8 && defined(__AVXVNNI__))
+#if (MLK_LANES == 16 && defined(__AVX512VNNI__)) || (MLK_LANES == 8 && defined(__AVXVNNI__)) || \
+    defined(__ARM_FEATURE_MATMUL_INT8)
 constexpr bool HAS_VNNI = true;
 #else
 constexpr bool HAS_VNNI = false;
@@ -25,6 +26,10 @@ static inline I dots(I sums, U bytes, U digits) {
   return (I)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)bytes, (__m512i)digits);
 #elif MLK_LANES == 8 && defined(__AVXVNNI__)
   return (I)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)bytes, (__m256i)digits);
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+  return (I)vusdotq_s32((int32x4_t)sums, (uint8x16_t)bytes, (int8x16_t)digits);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return (I)vdotq_s32((int32x4_t)sums, (int8x16_t)bytes, (int8x16_t)digits);
 #elif MLK_LANES == 16
   __m512i pairs = _mm512_maddubs_epi16((__m512i)bytes, (__m512i)digits);
   return sums + (I)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));

@@ -15,7 +15,7 @@ static inline size_t blocks_of(const Matrix& a) {
 
 // Prepared: for each row of x its blocks, each PER vectors of activations and one of lane sums.
 static size_t prepared_floats(const Matrix& a, size_t m) {
-#if MLK_LANES >= 8
+#if defined(MLK_HAS_DOTS)
   if (digits::takes(a)) return digits::floats(a, m);
 #endif
   size_t floats = 0;
@@ -27,7 +27,7 @@ static size_t prepared_floats(const Matrix& a, size_t m) {
 }
 
 static void prepare(const Matrix& a, const Rows& x, float* prepared) {
-#if MLK_LANES >= 8
+#if defined(MLK_HAS_DOTS)
   if (digits::takes(a)) return digits::prepare(a, x, prepared);
 #endif
   by_layout(a, [&](auto layout) {
@@ -109,7 +109,7 @@ static inline void row_product(const Matrix& a, const float* prepared, size_t ro
 
 static void few(const Matrix& a, const Rows& x, const float* prepared, void* y, size_t first,
                 size_t last) {
-#if MLK_LANES >= 8
+#if defined(MLK_HAS_DOTS)
   if (digits::takes(a)) return digits::few(a, x, prepared, y, first, last);
 #endif
   by_layout(a, [&](auto layout) {

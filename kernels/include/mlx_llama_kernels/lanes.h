@@ -177,11 +177,18 @@ static inline float sum(F v) {
 
 static inline F larger(F a, F b) { return a > b ? a : b; }
 
-#if MLK_LANES >= 8
+// Whether sums of products of bytes are at hand.
+#if MLK_LANES >= 8 || defined(__ARM_FEATURE_DOTPROD)
+#define MLK_HAS_DOTS
+#endif
+
+#if defined(MLK_HAS_DOTS)
 // To the nearest whole number.
 static inline I rounded(F x) {
 #if MLK_LANES == 16
   return (I)_mm512_cvtps_epi32((__m512)x);
+#elif defined(__aarch64__)
+  return (I)vcvtnq_s32_f32((float32x4_t)x);
 #else
   return (I)_mm256_cvtps_epi32((__m256)x);
 #endif

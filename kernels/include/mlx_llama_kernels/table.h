@@ -152,6 +152,9 @@ const Table* table_avx512();
 const Table* table_vnni();
 const Table* table_vbmi();
 const Table* table_amx();
+#elif defined(__aarch64__)
+const Table* table_dotprod();
+const Table* table_i8mm();
 #endif
 
 }  // namespace mlk
