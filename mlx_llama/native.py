@@ -16,12 +16,12 @@ import mlx.core as mx
 from mlx_llama.cache.view import View
 from mlx_llama.config import QuantFormat
 
-INTERFACE = 5  # of the extension: one that was built of older sources is refused
+INTERFACE = 6  # of the extension: one that was built of older sources is refused
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)
 # Of a matrix whose activations can be rounded to 8 bits, by instructions; 8 for the others.
-MOST_BITS_BESIDE_BYTES = {"baseline": 0, "neon": 0, "avx2": 6, "avx512": 6}
+MOST_BITS_BESIDE_BYTES = {"baseline": 0, "neon": 0, "avx2": 6, "avx512": 6, "amx": 0}
 
 
 @cache

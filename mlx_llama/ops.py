@@ -143,8 +143,6 @@ def native_summary(activations: str | None = None) -> str:
     """
     if (ours := kernels()) is not None:
         rounded = ", activations in 8 bits" if activations == INT8 else ""
-        if rounded and ours.instructions() == "amx":
-            rounded += " but for prompts, which stay on tiles"
         return f"native kernels: {ours.instructions()}, {ours.threads()} threads{rounded}"
     if backend() != "cpu":
         return "MLX's own kernels"

@@ -16,7 +16,7 @@ if mx.__version__ != MLX_VERSION:
         "build it again (make kernels)"
     )
 
-INTERFACE = 5  # grows whenever a function is added or takes something else; mlx_llama asks for it
+INTERFACE = 6  # grows whenever a function is added or takes something else; mlx_llama asks for it
 
 from mlx_llama_kernels._kernels import (
     MOST_GROUPS,

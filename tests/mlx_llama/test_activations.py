@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -88,23 +87,21 @@ def test_a_later_load_without_it_goes_back_to_floats(packed_model: Path, is_answ
     asked = mlx_llama.load(packed_model, activations="float32")
     assert (last_logits(asked, is_answer=is_answer) == exact).all()
     differs = np.abs(rounded - exact).max()
-    is_on_tiles = "amx" in ops.native_summary() and not is_answer
-    assert (differs == 0) == is_on_tiles
-    assert differs <= 0.05 * np.abs(exact).max()
+    assert 0 < differs <= 0.05 * np.abs(exact).max()
 
 
 @needs_rounding
 def test_a_load_that_is_refused_leaves_the_process_as_it_was(
     packed_model: Path, base_model: Path
 ) -> None:
-    exact = product(FORM, 3)
+    exact = product(FORM, 40)
     mlx_llama.load(packed_model, activations="int8")
-    rounded = product(FORM, 3)
+    rounded = product(FORM, 40)
     with pytest.raises(OptionError, match=r"^--activations int8: for no matrix .*nothing is pack"):
         mlx_llama.load(base_model, activations="int8")
-    assert mx.array_equal(product(FORM, 3), rounded).item()
+    assert mx.array_equal(product(FORM, 40), rounded).item()
     mlx_llama.load(base_model)
-    assert mx.array_equal(product(FORM, 3), exact).item()
+    assert mx.array_equal(product(FORM, 40), exact).item()
 
 
 @needs_kernels
@@ -119,16 +116,6 @@ def test_instructions_that_do_not_round_are_named() -> None:
         assert ops.choose_activations({FORM}, asked="float32") == "float32"
     finally:
         kernels.use_instructions(before)
-
-
-def test_where_prompts_stay_on_tiles_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = SimpleNamespace(instructions=lambda: "amx", threads=lambda: 2)
-    told = "native kernels: amx, 2 threads"
-    rounded = ", activations in 8 bits but for prompts, which stay on tiles"
-    with monkeypatch.context() as patch:
-        patch.setattr(native, "kernels", lambda: tiles)
-        assert ops.native_summary() == told
-        assert ops.native_summary("int8") == told + rounded
 
 
 @needs_kernels

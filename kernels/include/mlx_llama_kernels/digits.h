@@ -86,7 +86,11 @@ template <class Fn>
 static inline void by_layout(const Matrix& a, Fn f) {
   auto with = [&](auto layout) {
     using L = decltype(layout);
-    return a.is_coarse ? f(With<L, 1>{}) : f(With<L, 3>{});
+    // Longer vectors wait for the memory, and one digit does not make it faster.
+    if constexpr (W == 8) {
+      if (a.is_coarse) return f(With<L, 1>{});
+    }
+    return f(With<L, 3>{});
   };
   if constexpr (HAS_STREAMS) {
     if (a.bits == 3) return with(Stream<3>{});
