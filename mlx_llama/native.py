@@ -21,7 +21,10 @@ BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)
 # Of a matrix whose activations can be rounded to 8 bits, by instructions; 8 for the others.
-MOST_BITS_BESIDE_BYTES = {"baseline": 0, "neon": 0, "avx2": 6, "avx512": 6, "amx": 0}
+MOST_BITS_BESIDE_BYTES = {
+    **dict.fromkeys(("baseline", "neon", "dotprod", "i8mm", "amx"), 0),
+    **dict.fromkeys(("avx2", "avx512"), 6),
+}
 
 
 @cache

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import mlx_llama
+from kernels_oracle import INSTRUCTIONS
 from mlx_llama import Llama, native, ops
 from mlx_llama.config import QuantFormat
 from mlx_llama.errors import CheckpointError, OptionError
@@ -46,10 +47,7 @@ def product(form: QuantFormat, n_rows: int) -> mx.array:
 
 @needs_kernels
 @pytest.mark.parametrize("bits", native.BITS)
-@pytest.mark.parametrize(
-    "name",
-    ["baseline", "neon", "dotprod", "i8mm", "avx2", "avxvnni", "avx512", "vnni", "vbmi", "amx"],
-)
+@pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_rounding_happens_for_the_formats_that_are_said_to_take_it(name: str, bits: int) -> None:
     kernels, form = native.kernels(), QuantFormat(bits, 64)
     assert kernels is not None

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels_oracle import INSTRUCTIONS
 from mlx_llama import native
 from mlx_llama.config import QuantFormat
 from mlx_llama_quantize import mse
@@ -17,18 +18,6 @@ from mlx_llama_quantize import mse
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 KERNELS = native.kernels()
-INSTRUCTIONS = (
-    "baseline",
-    "neon",
-    "dotprod",
-    "i8mm",
-    "avx2",
-    "avxvnni",
-    "avx512",
-    "vnni",
-    "vbmi",
-    "amx",
-)
 RELATIVE = 1e-5  # of an error: the search adds up in float32, the test in float64
 
 
