@@ -8,7 +8,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_llama import ops
+from mlx_llama import ops, row_ops
 from mlx_llama.config import QuantFormat
 
 
@@ -118,11 +118,11 @@ def _joined(arrays: list[mx.array]) -> mx.array:
     return arrays[0] if len(arrays) == 1 else ops.join_rows(arrays)
 
 
-def held(matrix: Matrix) -> ops.Held | None:
+def held(matrix: Matrix) -> row_ops.Held | None:
     """Return a matrix as the native kernels take it; None where they do not."""
     match matrix:
         case Dense():
-            return ops.held(matrix.arrays(), None)
+            return row_ops.held(matrix.arrays(), None)
         case Packed():
-            return ops.held(matrix.arrays(), matrix.form)
+            return row_ops.held(matrix.arrays(), matrix.form)
     return None

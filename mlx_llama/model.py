@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_llama import ops
+from mlx_llama import ops, row_ops
 from mlx_llama.cache import Cache, NoCache
 from mlx_llama.config import ModelConfig
 from mlx_llama.linear import Matrix, held
@@ -24,10 +24,10 @@ LAST = slice(-1, None)  # the newest position alone
 class HeldMatrices(NamedTuple):
     """A layer's matrices as the native kernels take them; None where they do not."""
 
-    wqkv: ops.Held | None
-    wo: ops.Held | None
-    w13: ops.Held | None
-    w2: ops.Held | None
+    wqkv: row_ops.Held | None
+    wo: row_ops.Held | None
+    w13: row_ops.Held | None
+    w2: row_ops.Held | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ class LlamaModel:
                 turned, h = turned[:, :, LAST], h[:, LAST]
             positions = None
         if positions is None:
-            whole = ops.attended(h, turned, n_heads, view, self._scale, block.held.wo)
+            whole = row_ops.attended(h, turned, n_heads, view, self._scale, block.held.wo)
             if whole is not None:
                 return whole
         q = turned[:, :n_heads]
@@ -168,7 +168,7 @@ class LlamaModel:
         config, batch, n_tokens = self.config, h.shape[0], h.shape[1]
         n_heads, n_turned = config.n_heads, config.n_heads + config.n_kv_heads
         norm = block.attention_norm, config.norm_eps
-        whole = ops.turned_heads(h, norm, block.held.wqkv, self._periods, offset, n_turned)
+        whole = row_ops.turned_heads(h, norm, block.held.wqkv, self._periods, offset, n_turned)
         if whole is not None:
             return whole, whole[:, n_heads:n_turned], whole[:, n_turned:]
         x = block.wqkv(ops.rms_norm(h, *norm))
@@ -180,7 +180,7 @@ class LlamaModel:
     def _feed_forward(self, block: Block, h: mx.array) -> mx.array:
         """Return the residual stream h behind a block's feed-forward layer."""
         norm = block.ffn_norm, self.config.norm_eps
-        whole = ops.feed_forward(h, norm, block.held.w13, block.held.w2)
+        whole = row_ops.feed_forward(h, norm, block.held.w13, block.held.w2)
         if whole is not None:
             return whole
         return h + block.w2(ops.swiglu(block.w13(ops.rms_norm(h, *norm))))

@@ -19,7 +19,6 @@ from mlx_llama.cache.rows import AS_COMPUTED, WIDE, KVBits, Storage
 from mlx_llama.cache.view import Sees, View
 from mlx_llama.config import QuantFormat
 from mlx_llama.errors import OptionError
-from mlx_llama.native import Held
 from mlx_llama.options import FLOAT32, INT8
 
 # From so many rows on it pays to dequantize a matrix and multiply by BLAS, some of its rows at a
@@ -348,11 +347,11 @@ def attention(q: mx.array, view: View, *, scale: float) -> mx.array:
         return _fused_attention(q, view, scale)
     ours = kernels()
     if ours is not None and native.takes_view(q, view):
-        return ours.attention(q, *_buffers(view), scale, view.sight.bounds(q.shape[2]))
+        return ours.attention(q, *view_buffers(view), scale, view.sight.bounds(q.shape[2]))
     return attend(q, view, scale=scale, manner=attention_manner(q.dtype))
 
 
-def _buffers(view: View) -> tuple[list[Any], list[Any], tuple[int, ...]]:
+def view_buffers(view: View) -> tuple[list[Any], list[Any], tuple[int, ...]]:
     """Return the arrays of keys and of values, and how many rows of each part are looked at."""
     return (
         [keys.arrays for keys, _ in view.buffers],
@@ -388,69 +387,6 @@ def swiglu(x: mx.array) -> mx.array:
         return ours.swiglu(x)
     gate, up = mx.split(x, 2, axis=-1)
     return gate * mx.sigmoid(gate) * up
-
-
-# One token's way through a block in three operations where the kernels take it, None elsewhere:
-# what MLX costs for each operation is then a good part of a small model's step.
-
-
-def held(arrays: list[mx.array], form: QuantFormat | None) -> Held | None:
-    """Return a matrix of these arrays as the native kernels take it; None where they do not."""
-    return native.held(arrays, form)
-
-
-def _row_kernels(h: mx.array) -> Any | None:
-    """Return the native kernels where they take h (B, L, dim) through a block: one token's row."""
-    ours = kernels()
-    return ours if ours is not None and native.takes_row(h) else None
-
-
-def turned_heads(
-    h: mx.array,
-    norm: tuple[mx.array, float],
-    wqkv: Held | None,
-    periods: mx.array,
-    offset: int,
-    n_turned: int,
-) -> mx.array | None:
-    """Return the heads (1, heads, 1, D) of wqkv times the normed row h, the first ones rotated.
-
-    norm: weight and epsilon.
-    """
-    ours = _row_kernels(h)
-    if ours is None or wqkv is None or 2 * periods.size > ours.MOST_HEAD_DIM:
-        return None
-    how = wqkv.arrays, wqkv.group_size, wqkv.bits
-    return ours.turned_heads(h, *norm, *how, periods, offset, n_turned)
-
-
-def attended(
-    h: mx.array, q: mx.array, n_heads: int, view: View, scale: float, wo: Held | None
-) -> mx.array | None:
-    """Return the row h plus wo times what attention over a view gives.
-
-    q: (1, n_heads or more, 1, D), of which the first are the queries.
-    """
-    ours = _row_kernels(h)
-    if ours is None or wo is None or q.shape[2] != 1 or not native.takes_view(q, view):
-        return None
-    how = wo.arrays, wo.group_size, wo.bits
-    return ours.attended(h, q, n_heads, *_buffers(view), scale, view.sight.bounds(1), *how)
-
-
-def feed_forward(
-    h: mx.array,
-    norm: tuple[mx.array, float],
-    w13: Held | None,
-    w2: Held | None,
-) -> mx.array | None:
-    """Return the row h plus w2 times the gated w13 times the normed h."""
-    ours = _row_kernels(h)
-    if ours is None or w13 is None or w2 is None:
-        return None
-    if (w13.group_size, w13.bits) != (w2.group_size, w2.bits):
-        return None
-    return ours.feed_forward(h, *norm, w13.arrays, w2.arrays, w2.group_size, w2.bits)
 
 
 def keep_likeliest(logits: mx.array, *, top_k: int, top_p: float, min_p: float) -> mx.array | None:

@@ -18,10 +18,12 @@ def matmul(x: mx.array, weight: mx.array) -> mx.array: ...
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array: ...
 def swiglu(x: mx.array) -> mx.array: ...
 def rotate(x: mx.array, periods: mx.array, offset: int) -> mx.array: ...
+def append(buffer: mx.array, x: mx.array, row: int) -> mx.array: ...
 def attention(
     q: mx.array,
     keys: Sequence[Sequence[mx.array]],
     values: Sequence[Sequence[mx.array]],
+    rows: Sequence[int],
     scale: float,
     sight: mx.array | None = None,
 ) -> mx.array: ...
@@ -39,8 +41,10 @@ def turned_heads(
 def attended(
     h: mx.array,
     q: mx.array,
+    heads: int,
     keys: Sequence[Sequence[mx.array]],
     values: Sequence[Sequence[mx.array]],
+    rows: Sequence[int],
     scale: float,
     sight: mx.array | None,
     wo: Sequence[mx.array],

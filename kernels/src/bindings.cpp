@@ -24,7 +24,7 @@ NB_MODULE(_kernels, m) {
         "RoPE of x (B, heads, L, D), half-split pairs, the first row at position offset.");
   m.def("append", &mlk::graph::append, "buffer"_a, "x"_a, "row"_a,
         "The buffer (B, K, S, D) with x (B, K, L, D) in its rows from row on, in its dtype; what is finite\n"
-        "stays finite. In place where nobody else holds it.");
+        "stays so in float16. In place where nobody else holds it.");
   m.def("attention", &mlk::graph::attention, "q"_a, "keys"_a, "values"_a, "rows"_a, "scale"_a,
         "sight"_a = nb::none(),
         "The last m rows of q (B, H, m, D) over the first rows[i] of each part i of keys and values, which\n"

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <string>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "on_cpu.h"
@@ -14,9 +15,20 @@ namespace {
 
 constexpr size_t PIECE = 2 << 20;  // bytes that a thread reads at once: a huge page
 
+// What tells a file from another one, and from itself after a change.
+struct Stamp {
+  dev_t device;
+  ino_t number;
+  off_t size;
+  time_t seconds;
+  long nanoseconds;
+  bool operator==(const Stamp&) const = default;
+};
+
 struct Part {
   std::string path;
   size_t offset, nbytes;
+  Stamp stamp;
   bool operator==(const Part&) const = default;
 };
 
@@ -25,8 +37,17 @@ class File {
   explicit File(const std::string& path) : path_(path), handle_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
     if (handle_ < 0) fail(std::strerror(errno));
   }
+  File(const std::string& path, const Stamp& expected) : File(path) {
+    if (!(stamp() == expected)) fail("it has changed since it was opened");
+  }
   ~File() { close(handle_); }
   File(const File&) = delete;
+
+  Stamp stamp() const {
+    struct stat found;
+    if (fstat(handle_, &found)) fail(std::strerror(errno));
+    return {found.st_dev, found.st_ino, found.st_size, found.st_mtim.tv_sec, found.st_mtim.tv_nsec};
+  }
 
   void read(size_t offset, size_t nbytes, char* to) const {
     while (nbytes) {
@@ -74,7 +95,7 @@ class FileRows : public mx::UnaryPrimitive {
     char* to = out.data<char>();
     if (out.nbytes() >= PIECE) want_huge_pages(to, out.nbytes());
     for (const Part& part : parts_) {
-      File file(part.path);
+      File file(part.path, part.stamp);
       Pool::shared().each(part.nbytes, PIECE, [&](size_t first, size_t last, size_t) {
         file.read(part.offset + first, last - first, to + first);
       });
@@ -104,11 +125,16 @@ array rows_of_files(mx::Shape shape, mx::Dtype dtype, std::vector<Part> parts) {
 
 array file_array(const std::string& path, size_t offset, const std::vector<int>& shape, mx::Dtype dtype) {
   size_t nbytes = dtype.size();
-  for (int n : shape) nbytes *= size_t(n);
-  return rows_of_files(mx::Shape(shape.begin(), shape.end()), dtype, {{path, offset, nbytes}});
+  for (int n : shape) {
+    if (n < 0) refuse("shape: found ", n, ", expected 0 or more");
+    nbytes *= size_t(n);
+  }
+  std::vector<Part> parts{{path, offset, nbytes, File(path).stamp()}};
+  return rows_of_files(mx::Shape(shape.begin(), shape.end()), dtype, std::move(parts));
 }
 
 array join_rows(const std::vector<array>& arrays) {
+  if (arrays.empty()) refuse("arrays: found none, expected one at least");
   std::vector<Part> parts;
   mx::Shape shape;
   for (const array& a : arrays) {

@@ -123,6 +123,7 @@ array dequantize(const array& weight, const array& scales, const array& biases, 
 // At once: what quantizes has threads of its own.
 std::vector<array> least_squares(array values, int group_size, int bits, float cut, int rounds) {
   auto shapes = packed_shapes(values, group_size, bits);
+  if (!(cut >= 0) || rounds < 0) refuse("cut and rounds: found ", cut, " and ", rounds, ", expected 0 or more");
   values.eval();
   std::vector<array> made;
   for (size_t i = 0; i < 3; ++i) {

@@ -40,15 +40,19 @@ void check_product(Pool& pool, const Table& table) {
 }
 
 void check_not_finite(Pool& pool, const Table& table, float bad) {
-  for (size_t m : {3, 20}) {
-    size_t rows = 40, columns = 96;
-    std::vector<uint32_t> words(rows * columns / 8, 0x76543210u);
-    std::vector<float> ones(rows * 3, 1.0f), x = normals(m * columns), y(m * rows);
-    x[columns + 5] = bad;
-    matrix_product(pool, table, {words.data(), Type::f32, rows, columns, 4, 32, ones.data(), ones.data()},
-                   {x.data(), Type::f32, m, columns}, y.data());
-    for (size_t i = 0; i < m * rows; ++i) {
-      require(std::isfinite(y[i]), i / rows != 1, 0, "products of what is not finite");
+  for (int bits : {2, 3, 4, 5, 6, 8}) {
+    for (bool is_coarse : {false, true}) {
+      for (size_t m : {3, 20}) {
+        size_t rows = 40, columns = 96;
+        std::vector<uint32_t> words(rows * columns * bits / 32, 0x76543210u);
+        std::vector<float> ones(rows * 3, 1.0f), x = normals(m * columns), y(m * rows);
+        x[columns + 5] = bad;
+        Matrix a{words.data(), Type::f32, rows, columns, bits, 32, ones.data(), ones.data(), is_coarse};
+        matrix_product(pool, table, a, {x.data(), Type::f32, m, columns}, y.data());
+        for (size_t i = 0; i < m * rows; ++i) {
+          require(std::isfinite(y[i]), i / rows != 1, 0, "products of what is not finite");
+        }
+      }
     }
   }
 }

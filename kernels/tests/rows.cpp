@@ -1,4 +1,5 @@
 #include <algorithm>
+
 #include "caches.h"
 #include "checks.h"
 

@@ -79,7 +79,7 @@ class Storage:
     """How numbers are kept: `ops.cache_storage` chooses what suits the device.
 
     dtype: of plain numbers and of packed ones' scales; None leaves them as they come. put: as
-    `put_rows`; into a narrower dtype it must leave finite what is finite.
+    `put_rows`; into float16 it must leave finite what is finite.
     """
 
     dtype: mx.Dtype | None = None

@@ -80,7 +80,7 @@ class Sliced:
 def host_product(x: mx.array, weight: mx.array) -> mx.array:
     """Return x (..., in) times the transposed weight (out, in), both float32; evaluates."""
     rows = np.array(x.reshape(-1, x.shape[-1]), copy=False)
-    with np.errstate(over="ignore", invalid="ignore"):  # infinite products are told by their results
+    with np.errstate(over="ignore", invalid="ignore"):  # told by the results
         found = rows @ np.array(weight, copy=False).T
     return mx.array(found).reshape(*x.shape[:-1], found.shape[-1])
 

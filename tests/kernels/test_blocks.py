@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kernels_oracle import INSTALLED, float64, needs_kernels
-from mlx_llama import ops
+from mlx_llama import row_ops
 from mlx_llama.cache.rows import Stored
 from mlx_llama.cache.view import Sight, View
 from mlx_llama.config import QuantFormat
@@ -46,7 +46,7 @@ def test_one_tokens_way_through_a_block_is_that_of_single_operations(
     periods = mx.array([1.0, 3.0, 9.0, 27.0, 81.0, 243.0, 729.0, 2187.0])
     n_turned, normed = n_heads + n_kv_heads, mx.fast.rms_norm(h, *norm)
 
-    heads = ops.turned_heads(h, norm, held(wqkv), periods, 5, n_turned)
+    heads = row_ops.turned_heads(h, norm, held(wqkv), periods, 5, n_turned)
     assert heads is not None
     apart = (normed @ wqkv_numbers.T).reshape(1, -1, 1, head_dim)
     turned = mx.fast.rope(
@@ -59,13 +59,13 @@ def test_one_tokens_way_through_a_block_is_that_of_single_operations(
     k, v = (mx.random.normal((1, n_kv_heads, n_rows, head_dim)) for _ in range(2))
     view = View(((Stored((k,)), Stored((v,))),), Sight(n_rows - 1, 1))
     q = heads[:, :n_heads]
-    out = ops.attended(h, heads, n_heads, view, 0.25, held(wo))
+    out = row_ops.attended(h, heads, n_heads, view, 0.25, held(wo))
     assert out is not None
     mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25)
     expected = h + mixed.transpose(0, 2, 1, 3).reshape(1, 1, -1) @ wo_numbers.T
     np.testing.assert_allclose(float64(out), float64(expected), atol=2e-5)
 
-    fed = ops.feed_forward(h, norm, held(w13), held(w2))
+    fed = row_ops.feed_forward(h, norm, held(w13), held(w2))
     assert fed is not None
     gate, up = mx.split(normed @ w13_numbers.T, 2, axis=-1)
     expected = h + (gate * mx.sigmoid(gate) * up) @ w2_numbers.T
@@ -80,11 +80,11 @@ def test_what_is_no_single_row_of_float32_goes_by_single_operations() -> None:
         mx.ones((2, 1, 96)),
         mx.ones((1, 1, 96), dtype=mx.bfloat16),
     ):
-        assert ops.turned_heads(h, norm, matrix, mx.ones((8,)), 0, 4) is None
+        assert row_ops.turned_heads(h, norm, matrix, mx.ones((8,)), 0, 4) is None
     h = mx.ones((1, 1, 96))
     wide = held(random_matrix(2 * 1028, 96, 4)[0])  # heads that the kernels would refuse
-    assert ops.turned_heads(h, norm, wide, mx.ones((514,)), 0, 1) is None
-    assert ops.feed_forward(h, norm, None, matrix) is None
+    assert row_ops.turned_heads(h, norm, wide, mx.ones((514,)), 0, 1) is None
+    assert row_ops.feed_forward(h, norm, None, matrix) is None
     assert INSTALLED is not None
     with pytest.raises(ValueError, match="h: expected"):
         INSTALLED.turned_heads(

@@ -39,13 +39,30 @@ def test_what_lies_in_files_is_read_where_rows_are_joined(tmp_path: Path) -> Non
 
 
 @needs_kernels
-def test_a_file_that_was_cut_short_is_told(tmp_path: Path) -> None:
-    found = file_of(tmp_path, [mx.ones((4, 5)), mx.ones((1 << 20, 5))])
+def test_a_file_that_changed_is_not_read(tmp_path: Path) -> None:
+    matrices = [mx.ones((4, 5)), mx.ones((1 << 20, 5))]
     path = tmp_path / "matrices.bin"
-    path.write_bytes(path.read_bytes()[:-1])
-    assert np.array_equal(found[0], np.ones((4, 5)))
-    with pytest.raises(RuntimeError, match=r"matrices.bin: cannot be read: it is cut short"):
-        mx.eval(ops.join_rows(found))
+    for change in (path.read_bytes, lambda: path.read_bytes()[:-1], lambda: b"another"):
+        found = file_of(tmp_path, matrices)
+        assert np.array_equal(found[0], np.ones((4, 5)))
+        other = tmp_path / "other"
+        other.write_bytes(change())
+        other.replace(path)
+        with pytest.raises(RuntimeError, match=r"matrices.bin: cannot be read: it has changed"):
+            mx.eval(ops.join_rows(found[1:]))
+    found = file_of(tmp_path, matrices)
     path.unlink()
     with pytest.raises(RuntimeError, match=r"matrices.bin: cannot be read: No such file"):
         mx.eval(found[1])
+
+
+@needs_kernels
+def test_what_cannot_lie_in_a_file_is_refused(tmp_path: Path) -> None:
+    assert INSTALLED is not None
+    (path := tmp_path / "short.bin").write_bytes(bytes(16))
+    with pytest.raises(ValueError, match="shape: found -1"):
+        INSTALLED.file_array(str(path), 0, [-1, 4], mx.float32)
+    with pytest.raises(ValueError, match="arrays: found none"):
+        INSTALLED.join_rows([])
+    with pytest.raises(RuntimeError, match=r"short.bin: cannot be read: it is cut short"):
+        mx.eval(INSTALLED.file_array(str(path), 0, [5], mx.float32))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +51,21 @@ def test_threads_without_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(native, "missing_reason", lambda: "mlx_llama_kernels is not installed")
     with pytest.raises(OptionError, match=r"--threads 2: .* mlx_llama_kernels is not installed"):
         ops.use_threads(2)
+
+
+@needs_kernels
+def test_stubs_name_what_there_is() -> None:
+    import mlx_llama_kernels
+
+    stubs = Path(mlx_llama_kernels.__file__).with_name("_kernels.pyi").read_text(encoding="utf-8")
+    told = {
+        node.name: [a.arg for a in (*node.args.args, *node.args.kwonlyargs)]
+        for node in ast.parse(stubs).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    functions = [n for n in mlx_llama_kernels.__all__ if callable(getattr(mlx_llama_kernels, n))]
+    assert sorted(told) == sorted(functions)
+    for name, names in told.items():
+        signature = (getattr(mlx_llama_kernels, name).__doc__ or "").partition("\n")[0]
+        found = re.findall(r"(\w+): ", signature)
+        assert found == names, signature

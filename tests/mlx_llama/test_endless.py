@@ -17,7 +17,7 @@ import pytest
 import mlx_llama
 from cache_oracle import CacheOracle
 from induction import read
-from mlx_llama import ops
+from mlx_llama import ops, row_ops
 from mlx_llama.cache import KVCache
 from mlx_llama.config import config_from_hf
 from mlx_llama.model import LlamaModel
@@ -41,7 +41,7 @@ FAR_TOLERANCE = 5e-3
 def spans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Collect the first and last position of all that is rotated."""
     found: list[tuple[int, int]] = []
-    rotate, turned_heads = ops.rotate, ops.turned_heads
+    rotate, turned_heads = ops.rotate, row_ops.turned_heads
 
     def noting(x: mx.array, periods: mx.array, offset: int) -> mx.array:
         found.append((offset, offset + x.shape[2] - 1))
@@ -56,7 +56,7 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         return turned
 
     monkeypatch.setattr(ops, "rotate", noting)
-    monkeypatch.setattr(ops, "turned_heads", noting_one)
+    monkeypatch.setattr(row_ops, "turned_heads", noting_one)
     return found
 
 

@@ -13,7 +13,7 @@
 namespace mlk::MLK_ISA {
 
 constexpr size_t TILE = 2 * PANEL;       // rows at once
-constexpr size_t QUERIES = (128 + MR - 1) / MR * MR;  // rows at once, of all heads together
+constexpr size_t QUERIES = (128 + MR - 1) / MR * MR;  // queries at once, of all heads together
 constexpr size_t SPLIT = 1024;           // stored rows of a part of few queries
 constexpr float LOWEST = -1e30f;         // below every score, finite: hidden minus hidden is no NaN
 
@@ -223,11 +223,12 @@ static inline void attend_strip(const Attention& a, const Shape& s, const Part& 
 static inline void attend_tile(const Attention& a, const Shape& s, const Part& p, size_t part,
                                size_t row, size_t first, size_t n) {
   const Stored &k = a.keys[part], &v = a.values[part];
+  const size_t rows = up(p.rows, MR);  // the last run of queries may be shorter
   reading(k, p.batch, p.head, [&](const auto& keys) {
     transpose_keys(keys, k, p.batch, p.head, first, n, p.keys);
   });
-  for (size_t i = 0; i < s.rows * TILE; ++i) p.scores[i] = 0;
-  by_panels(p.queries, s.rows, p.keys, TILE / PANEL, s.width, s.width, p.scores, TILE);
+  for (size_t i = 0; i < rows * TILE; ++i) p.scores[i] = 0;
+  by_panels(p.queries, rows, p.keys, TILE / PANEL, s.width, s.width, p.scores, TILE);
   soften_all(a, p, row, n, TILE);
   for (size_t r = 0; r < p.rows; ++r) {
     if (p.fades[r] == 1.0f) continue;
@@ -236,11 +237,10 @@ static inline void attend_tile(const Attention& a, const Shape& s, const Part& p
   reading(v, p.batch, p.head, [&](const auto& values) {
     place_values(values, v, p.batch, p.head, first, n, s.dim, p.values);
   });
-  for (size_t block = 0; block < s.rows; block += MR) {
-    interleave(p.scores + block * TILE, TILE, p.rows > block ? least(p.rows - block, MR) : 0, n,
-               p.weights + block * TILE);
+  for (size_t block = 0; block < rows; block += MR) {
+    interleave(p.scores + block * TILE, TILE, least(p.rows - block, MR), n, p.weights + block * TILE);
   }
-  by_panels(p.weights, s.rows, p.values, s.dim / PANEL, TILE, n, p.sums, s.dim);
+  by_panels(p.weights, rows, p.values, s.dim / PANEL, TILE, n, p.sums, s.dim);
 }
 
 static void attend_part(const Attention& a, const Shape& s, const Part& p) {

@@ -179,13 +179,13 @@ static inline float count_coarsely(float* values, size_t n, float most, float* t
   float size = 1e-30f;
   for (int lane = 0; lane < W; ++lane) size = largest[lane] > size ? largest[lane] : size;
   float unit = size / most + sum(finite), inverse = most / size;
-  I numbers = {};
+  U numbers = {};  // what is no number may overflow
   for (size_t i = 0; i < n; i += W) {
     I number = rounded(load(values + i) * inverse);
-    numbers += number;
+    numbers += (U)number;
     store(values + i, (F)number);
   }
-  *total = unit * sum(__builtin_convertvector(numbers, F));
+  *total = unit * sum(__builtin_convertvector((I)numbers, F));
   return unit;
 }
 

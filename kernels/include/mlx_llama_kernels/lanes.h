@@ -24,6 +24,8 @@ typedef float F __attribute__((vector_size(4 * MLK_LANES)));
 typedef int32_t I __attribute__((vector_size(4 * MLK_LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * MLK_LANES)));
 
+static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
 static inline F load(const float* p) {
   F v;
   __builtin_memcpy(&v, p, sizeof v);
@@ -79,7 +81,7 @@ static inline F load_some(const T* p, size_t n) {
 #else
   if (n >= size_t(W)) return load(p);
   T rest[W] = {};
-  for (size_t i = 0; i < n; ++i) rest[i] = p[i];
+  __builtin_memcpy(rest, p, n * sizeof(T));
   return load(rest);
 #endif
 }

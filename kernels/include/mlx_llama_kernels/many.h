@@ -14,7 +14,7 @@ template <class Fn>
 static inline void by_kind([[maybe_unused]] const Matrix& a, Fn f) {
 #if MLK_LANES >= 8
   // Without VNNI the sum of two products of 8 bits each may leave 16.
-  if (a.is_coarse && (digits::HAS_VNNI ? a.bits > 0 : a.bits > 0 && a.bits < 8)) return f(Counted<4>{});
+  if (a.is_coarse && a.bits && (digits::HAS_VNNI || a.bits < 8)) return f(Counted<4>{});
   if (a.bits) return f(Counted<2>{});
 #endif
   f(Floats{});
@@ -46,8 +46,9 @@ static inline void one_panel(const Matrix& a, const Rows& x, const float* packed
   for (size_t start = 0; start < a.columns; start += Kind::DEPTH) {
     size_t left = a.columns - start, depth = left < Kind::DEPTH ? left : Kind::DEPTH;
     Kind::fill(a, row, start, depth, panel);
-    if (left > depth) ask(a, row, start + depth, Kind::DEPTH);  // while this one is multiplied
-    else ask(a, row + PANEL, 0, Kind::DEPTH);
+    // What comes next is on its way while this one is multiplied.
+    if (left > depth) ask(a, row, start + depth, least(left - depth, Kind::DEPTH));
+    else ask(a, row + PANEL, 0, least(a.columns, Kind::DEPTH));
     for (size_t block = 0; block < blocks; ++block) {
       const float* of_x = packed + block * Kind::block_floats(a);
       Kind::multiply(a, of_x, panel, start, depth, c + block * MR * PANEL);

@@ -30,7 +30,7 @@ static inline void multiply(const float* x, const float* panel, size_t depth, fl
   }
 }
 
-// a (rows, stride), depth of each -> blocks of MR rows, each (depth, MR), zero behind the last row.
+// a (rows, stride), depth of each -> blocks of MR rows, each (depth, MR), the last one filled with zeros.
 static inline void interleave(const float* a, size_t stride, size_t rows, size_t depth, float* to) {
   for (size_t first = 0; first < rows; first += MR, to += depth * MR) {
     for (size_t side = 0; side < size_t(MR); side += W) {  // a block may be wider than a vector

@@ -14,7 +14,6 @@
 namespace mlk::MLK_ISA {
 
 static inline size_t up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
 static inline F load_wide(const float* from) { return load(from); }
 #if MLK_LANES == 16

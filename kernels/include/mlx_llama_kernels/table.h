@@ -120,7 +120,7 @@ struct Table {
   void (*swiglu)(const Rows& x, void* y, size_t first, size_t last);
   // Parts are (batch, head) pairs. angles: (m, dim / 2) cosines, then as many sines.
   void (*rotate)(const Heads& x, const float* angles, void* y, size_t first, size_t last);
-  // Parts are (batch, head) pairs. What is finite becomes no infinity in a narrower type.
+  // Parts are (batch, head) pairs. What is finite becomes no infinity in float16.
   void (*append)(const Heads& x, const Buffer& to, size_t first, size_t last);
   // Parts: see attention_parts; attention_joins of them, each of one or more, are joined at last.
   // scratch: attention_floats for each thread; partial: attention_partial_floats for all.
