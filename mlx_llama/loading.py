@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
@@ -127,7 +128,16 @@ class ModelDirectory:
         return frozenset(form for form in forms if form is not None)
 
     def arrays(self) -> dict[str, mx.array]:
-        """Return the tensors by Hugging Face name; each is read when it is evaluated."""
+        """Return the tensors by Hugging Face name; each is read when it is evaluated.
+
+        Raises CheckpointError for a file that has gone.
+        """
+        try:
+            return self._unread_arrays()
+        except RuntimeError as error:
+            raise CheckpointError(f"weights cannot be loaded: {error}") from error
+
+    def _unread_arrays(self) -> dict[str, mx.array]:
         if (ours := ops.kernels()) is not None:
             return {
                 name: ours.file_array(str(ref.path), ref.offset, ref.shape, DTYPES[ref.dtype].array)
@@ -186,12 +196,11 @@ def load(
     directory = path if isinstance(path, ModelDirectory) else open_model_directory(Path(path))
     config, chosen = directory.config_with(options), directory.dtype_with(options)
     rounded = directory.activations_with(options)
-    # Beside the reading of weights, which leaves the interpreter to others.
-    Thread(target=directory.tokenizer.prepare, name="tokenizer").start()
-    try:
-        model = build_model(config, directory.arrays(), dtype=chosen, on_block=on_block)
-    except RuntimeError as error:  # of MLX or the kernels: a file that has changed, no memory
-        raise CheckpointError(f"{directory.path}: cannot be loaded: {error}") from error
+    # Beside the reading of weights, which leaves the interpreter to others. What fails there, or
+    # cannot begin, is done again by the first that needs the tokenizer.
+    with suppress(RuntimeError):
+        Thread(target=_prepared, args=(directory.tokenizer,), name="tokenizer", daemon=True).start()
+    model = build_model(config, directory.arrays(), dtype=chosen, on_block=on_block)
     ops.use_activations(rounded)
     return Llama(
         model,
@@ -202,6 +211,11 @@ def load(
         activations=rounded,
         sampling_defaults=directory.sampling,
     )
+
+
+def _prepared(tokenizer: Tokenizer) -> None:
+    with suppress(Exception):
+        tokenizer.prepare()
 
 
 def open_model_directory(path: Path) -> ModelDirectory:

@@ -175,6 +175,14 @@ def build_model(
     return model
 
 
+def _read(arrays: list[mx.array]) -> None:
+    """Evaluate; CheckpointError for what MLX or the kernels say: a file that changed, no memory."""
+    try:
+        mx.eval(arrays)
+    except RuntimeError as error:
+        raise CheckpointError(f"weights cannot be loaded: {error}") from error
+
+
 def build_ends(
     config: ModelConfig, arrays: MutableMapping[str, mx.array], *, dtype: mx.Dtype
 ) -> LlamaModel:
@@ -183,7 +191,7 @@ def build_ends(
     embedding = reader.matrix(EMBEDDING)
     output = embedding if config.tied else reader.matrix(OUTPUT)
     norm = reader.vector(NORM)
-    mx.eval([norm, *embedding.arrays(), *output.arrays()])
+    _read([norm, *embedding.arrays(), *output.arrays()])
     return LlamaModel(config, tok_embeddings=embedding, blocks=(), norm=norm, output=output)
 
 
@@ -202,7 +210,7 @@ def build_blocks(
     reader = _ArrayReader(config, arrays, dtype)
     for index in range(config.n_layers):
         block = _build_block(reader, index, join=_joined if is_joined else _beside)
-        mx.eval(block.arrays())
+        _read(block.arrays())
         yield block
         del block  # or it would stay while the next one is made
 
@@ -215,7 +223,7 @@ def _beside(parts: Iterable[Matrix]) -> Matrix:
     """Put matrices of one input side by side, each evaluated before the next is read."""
     found: list[Matrix] = []
     for part in parts:
-        mx.eval(part.arrays())
+        _read(part.arrays())
         found.append(part)
     return found[0] if len(found) == 1 else Stack(tuple(found))
 

@@ -64,11 +64,19 @@ def row_bytes(head_dim: int, bits: int, itemsize: int) -> int:
     return head_dim * bits // 8 + 2 * (head_dim // group_size(head_dim)) * itemsize
 
 
+def _finite_half(x: mx.array) -> mx.array:
+    """Return x with what float16 would make infinite as its largest numbers."""
+    most = mx.array(65504.0, dtype=x.dtype)
+    return mx.where(mx.isfinite(x), mx.clip(x, -most, most), x)
+
+
 def put_rows(buffer: mx.array, new: mx.array, row: int) -> mx.array:
     """Return the buffer (B, K, S, D) with new (B, K, L, D) in its rows from `row` on.
 
     In place where nobody else looks, when it is evaluated.
     """
+    if buffer.dtype == mx.float16 and new.dtype != mx.float16:
+        new = _finite_half(new)
     result = copy.copy(buffer)
     result[..., row : row + new.shape[2], :] = new
     return result

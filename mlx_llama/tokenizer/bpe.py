@@ -104,20 +104,21 @@ class BpeTokenizer:
         )
         self.bos_id = self.special_tokens["<|begin_of_text|>"]
         self.eos_id = self.special_tokens["<|end_of_text|>"]
-        self._ranks = ranks
+        self._ranks: Callable[[], dict[bytes, int]] | None = ranks
         self._made: tiktoken.Encoding | None = None
         self._making = Lock()
 
     def prepare(self) -> None:
         """Build tiktoken's tables now, on any thread, instead of when they are first needed."""
         with self._making:
-            if self._made is None:
+            if self._ranks is not None:
                 self._made = tiktoken.Encoding(
                     name=self.path.name,
                     pat_str=PATTERN,
                     mergeable_ranks=self._ranks(),
                     special_tokens={n: self.n_ranks + i for i, n in enumerate(self.special_names)},
                 )
+                self._ranks = None  # they may hold the whole list of tokens
 
     @property
     def _encoding(self) -> tiktoken.Encoding:

@@ -104,8 +104,9 @@ def _check_letters(tokens: Sequence[str]) -> None:
 
 def _check_merges(tokens: Sequence[str], vocab: Container[str], merges: Sequence[str]) -> None:
     """Raise unless the merges say what tiktoken does: any pair that joins, lowest id first."""
-    # A merge with a line break would make two, and neither would be a token.
     joined = "\n".join(merges).replace(" ", "").split("\n") if merges else []
+    if len(joined) != len(merges):
+        raise WrongFileError("one of its merges has a line break")
     results = joined[:1] + list(compress(joined[1:], map(operator.ne, joined[1:], joined)))
     unseen = iter(tokens)  # a search leaves it behind what was found
     if not all(result in unseen for result in results):
