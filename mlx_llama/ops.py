@@ -305,6 +305,22 @@ def quantize(x: mx.array, form: QuantFormat) -> tuple[mx.array, ...]:
     return tuple(mx.quantize(x, group_size=form.group_size, bits=form.bits, mode=form.mode))
 
 
+def least_squares(
+    values: mx.array, form: QuantFormat, *, cut: float, rounds: int
+) -> tuple[mx.array, mx.array, mx.array] | None:
+    """Pack values (out, in), evaluated, searching for scales; None without the native kernels.
+
+    They search on any device, by the calling thread, at once. cut: steps that each group's range is
+    shortened by at first; rounds: of least squares.
+    """
+    if (ours := native.kernels()) is None:
+        return None
+    words, scales, biases = ours.least_squares(
+        values, group_size=form.group_size, bits=form.bits, cut=cut, rounds=rounds
+    )
+    return words, scales, biases
+
+
 def dequantize(
     weight: mx.array, scales: mx.array, biases: mx.array | None, form: QuantFormat
 ) -> mx.array:

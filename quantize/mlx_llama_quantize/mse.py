@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_llama import native
+from mlx_llama import ops
 from mlx_llama.config import QuantFormat
 
 CHUNK = 1 << 18  # weights: fewer would make threads wait for Python's lock, more leave the cache
@@ -42,12 +42,8 @@ class Grid:
 
 def quantize(values: mx.array, form: QuantFormat) -> Packed:
     """Pack values (out, in), evaluated, as `mx.quantize` does; scales have the values' dtype."""
-    if (kernels := native.kernels()) is None:
-        return quantize_in_numpy(values, form)
-    arrays: list[mx.array] = kernels.least_squares(
-        values, group_size=form.group_size, bits=form.bits, cut=CUT[form.bits], rounds=ROUNDS
-    )
-    return arrays[0], arrays[1], arrays[2]
+    packed = ops.least_squares(values, form, cut=CUT[form.bits], rounds=ROUNDS)
+    return quantize_in_numpy(values, form) if packed is None else packed
 
 
 def quantize_in_numpy(values: mx.array, form: QuantFormat) -> Packed:
