@@ -44,7 +44,7 @@ def stop_ids(kind: Kind, tokenizer: Tokenizer, recorded: Iterable[int]) -> froze
 class Llama:
     """One model in memory. Made by `mlx_llama.load`.
 
-    path: the model directory. dtype: of the activations. activations: as packed products take them.
+    path: the model directory. dtype: of the activations.
     """
 
     def __init__(
@@ -55,7 +55,6 @@ class Llama:
         *,
         path: Path,
         dtype: mx.Dtype,
-        activations: str,
         sampling_defaults: SamplingDefaults,
     ) -> None:
         self.model = model
@@ -63,13 +62,17 @@ class Llama:
         self.config = config
         self.path = path
         self.dtype = dtype
-        self.activations = activations
         self.sampling_defaults = sampling_defaults
 
     @property
     def kind(self) -> Kind:
         """Which member of the family this is."""
         return kind_named(self.config.kind)
+
+    @property
+    def activations(self) -> str:
+        """How packed products take activations: "float32", or "int8" where they are rounded."""
+        return self.model.activations
 
     @cached_property
     def prompt_format(self) -> PromptFormat:

@@ -185,7 +185,7 @@ def load(
     stretch the context of a model without RoPE scaling by this factor, at some cost of accuracy.
     threads: of the native CPU kernels or the BLAS, for all models of the process; None leaves them
     as they are. activations: "int8" lets the kernels round them to whole numbers of 8 bits where
-    they multiply packed matrices, None and "float32" do not; the newest load decides for all.
+    they multiply this model's packed matrices, None and "float32" do not.
     on_block(done, total) is called after each layer. Raises CheckpointError, TokenizerError,
     UnsupportedModelError or OptionError, each with one line that says what to do.
     """
@@ -201,14 +201,12 @@ def load(
     with suppress(RuntimeError):
         Thread(target=_prepared, args=(directory.tokenizer,), name="tokenizer", daemon=True).start()
     model = build_model(config, directory.arrays(), dtype=chosen, on_block=on_block)
-    ops.use_activations(rounded)
     return Llama(
-        model,
+        model.with_activations(rounded),
         directory.tokenizer,
         config,
         path=directory.path,
         dtype=chosen,
-        activations=rounded,
         sampling_defaults=directory.sampling,
     )
 

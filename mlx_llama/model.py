@@ -5,6 +5,7 @@ Takes its matrices ready made (`weights.py` builds them); knows no files, names 
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from mlx_llama import ops, row_ops
 from mlx_llama.cache import Cache, NoCache
 from mlx_llama.config import ModelConfig
 from mlx_llama.linear import Matrix, held
+from mlx_llama.options import FLOAT32
 from mlx_llama.rope import rope_periods
 
 LAST = slice(-1, None)  # the newest position alone
@@ -54,7 +56,11 @@ class Block:
 
 
 class LlamaModel:
-    """A decoder of `n_layers` blocks: pre-norm, grouped-query attention, SwiGLU."""
+    """A decoder of `n_layers` blocks: pre-norm, grouped-query attention, SwiGLU.
+
+    activations: "float32", or "int8" where packed products round them. Products read it when they
+    are computed: evaluate a pass before one of a model that takes them otherwise begins.
+    """
 
     def __init__(
         self,
@@ -70,8 +76,15 @@ class LlamaModel:
         self.blocks = tuple(blocks)
         self.norm = norm
         self.output = output
+        self.activations = FLOAT32
         self._periods = rope_periods(config)
         self._scale = config.head_dim**-0.5
+
+    def with_activations(self, chosen: str) -> LlamaModel:
+        """Return a model of the same weights whose packed products take activations so."""
+        other = copy.copy(self)
+        other.activations = chosen
+        return other
 
     def __call__(
         self,
@@ -117,20 +130,24 @@ class LlamaModel:
         h = self.tok_embeddings.rows(tokens)
         for layer, block in enumerate(self.blocks):
             asked = positions if layer == len(self.blocks) - 1 else None
+            ops.use_activations(self.activations)  # at each layer: others may compute in between
             h = self._attention(layer, block, h, cache, asked)
             yield h
+            ops.use_activations(self.activations)
             h = self._feed_forward(block, h)
             yield h
         cache.advance(n_tokens)
 
     def through(self, block: Block, h: mx.array) -> mx.array:
         """Return the residual stream h (B, L, dim) of whole texts behind one block."""
+        ops.use_activations(self.activations)
         cache = NoCache()
         cache.begin(h.shape[1])
         return self._feed_forward(block, self._attention(0, block, h, cache, None))
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return the scores of the vocabulary, (..., V) float32, for hidden (..., dim)."""
+        ops.use_activations(self.activations)
         h = ops.rms_norm(hidden, self.norm, self.config.norm_eps)
         return self.output(h).astype(mx.float32)
 

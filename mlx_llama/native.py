@@ -20,10 +20,10 @@ INTERFACE = 6  # of the extension: one that was built of older sources is refuse
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)
-# Of a matrix whose activations can be rounded to 8 bits, by instructions; 8 for the others.
+# Of a matrix whose activations can be rounded to 8 bits, by instructions; the others round none.
 MOST_BITS_BESIDE_BYTES = {
-    **dict.fromkeys(("baseline", "neon", "dotprod", "i8mm", "amx"), 0),
     **dict.fromkeys(("avx2", "avx512"), 6),
+    **dict.fromkeys(("avxvnni", "vnni", "vbmi"), 8),
 }
 
 
@@ -83,7 +83,7 @@ def takes_bytes(form: QuantFormat) -> bool:
     """Whether the kernels can round activations to 8 bits for matrices of a format."""
     if (ours := kernels()) is None or not takes_format(form):
         return False
-    return form.bits <= MOST_BITS_BESIDE_BYTES.get(ours.instructions(), 8)
+    return form.bits <= MOST_BITS_BESIDE_BYTES.get(ours.instructions(), 0)
 
 
 def takes_product(x: mx.array, scales: mx.array, form: QuantFormat) -> bool:

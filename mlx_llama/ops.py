@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -27,6 +28,7 @@ BLAS_ROWS = 8
 BLAS_BYTES = 32 << 20
 BLAS_NUMBER = 2 * mx.float32.size
 
+_taken = SimpleNamespace(activations=FLOAT32)  # as the kernels were told last
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -200,12 +202,14 @@ def choose_activations(forms: Collection[QuantFormat], *, asked: str | None) -> 
 
 
 def use_activations(chosen: str) -> None:
-    """Let packed products take activations so, for all models of the process.
+    """Let packed products take activations so from now on, in the whole process.
 
-    What was not evaluated yet is computed so, too.
+    What is under way is waited for; what was not handed to MLX yet is computed so, too.
     """
-    if (ours := kernels()) is not None:
+    if chosen != _taken.activations and (ours := kernels()) is not None:
+        mx.synchronize()
         ours.use_byte_activations(chosen == INT8)
+        _taken.activations = chosen
 
 
 def _kernels_for(option: str, what: str) -> Any:

@@ -78,28 +78,56 @@ def last_logits(llama: Llama, *, is_answer: bool) -> np.ndarray:
 
 @needs_rounding
 @pytest.mark.parametrize("is_answer", [True, False])
-def test_a_later_load_without_it_goes_back_to_floats(packed_model: Path, is_answer: bool) -> None:
+def test_each_model_takes_activations_as_it_was_loaded(packed_model: Path, is_answer: bool) -> None:
     exact = last_logits(mlx_llama.load(packed_model), is_answer=is_answer)
-    rounded = last_logits(mlx_llama.load(packed_model, activations="int8"), is_answer=is_answer)
-    assert (last_logits(mlx_llama.load(packed_model), is_answer=is_answer) == exact).all()
-    asked = mlx_llama.load(packed_model, activations="float32")
-    assert (last_logits(asked, is_answer=is_answer) == exact).all()
+    rounding = mlx_llama.load(packed_model, activations="int8")
+    rounded = last_logits(rounding, is_answer=is_answer)
     differs = np.abs(rounded - exact).max()
     assert 0 < differs <= 0.05 * np.abs(exact).max()
+    for asked in (None, "float32"):
+        plain = mlx_llama.load(packed_model, activations=asked)
+        for _ in range(2):  # in turns
+            assert (last_logits(rounding, is_answer=is_answer) == rounded).all()
+            assert (last_logits(plain, is_answer=is_answer) == exact).all()
 
 
 @needs_rounding
-def test_a_load_that_is_refused_leaves_the_process_as_it_was(
-    packed_model: Path, base_model: Path
-) -> None:
+def test_answers_in_turns_are_those_of_each_alone(packed_model: Path) -> None:
+    """The next token of one is under way while the other computes."""
+    models = [mlx_llama.load(packed_model, activations=a) for a in ("int8", "float32")]
+    options = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True, "logprobs": 3}
+    alone = [[s.logprob for s in m.stream(IDS, **options)] for m in models]
+    assert alone[0] != alone[1]
+    both = zip(*(m.stream(IDS, **options) for m in models), strict=True)
+    assert [[s.logprob for s in steps] for steps in zip(*both, strict=True)] == alone
+
+
+@needs_rounding
+def test_a_pass_through_one_block_takes_the_activations_of_its_model(packed_model: Path) -> None:
+    """As walks and certificates compute, after a model that rounds has."""
+    model = mlx_llama.load(packed_model).model
+    h = mx.random.normal((1, 40, model.config.dim), key=mx.random.key(1))
+    exact, rounding = model.through(model.blocks[0], h), model.with_activations("int8")
+    mx.eval(exact)
+    rounded = rounding.through(model.blocks[0], h)
+    mx.eval(rounded)
+    assert not mx.array_equal(rounded, exact).item()
+    assert mx.array_equal(model.through(model.blocks[0], h), exact).item()
+
+
+@needs_rounding
+def test_loading_changes_no_products(packed_model: Path, base_model: Path) -> None:
     exact = product(FORM, 40)
     mlx_llama.load(packed_model, activations="int8")
-    rounded = product(FORM, 40)
     with pytest.raises(OptionError, match=r"^--activations int8: for no matrix .*nothing is pack"):
         mlx_llama.load(base_model, activations="int8")
-    assert mx.array_equal(product(FORM, 40), rounded).item()
-    mlx_llama.load(base_model)
     assert mx.array_equal(product(FORM, 40), exact).item()
+
+
+@needs_kernels
+def test_instructions_that_nothing_is_known_of_round_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native.kernels(), "instructions", lambda: "newer")
+    assert not any(native.takes_bytes(QuantFormat(bits, 64)) for bits in native.BITS)
 
 
 @needs_kernels

@@ -60,12 +60,15 @@ class OurEngine:
 
     def cost_of_rounding(self, status: StatusLine) -> Cost:
         """Return how far the model's predictions are from those with float activations."""
+        from mlx_llama.cache import KVBits
         from mlx_llama_apps.bench.rounding import measure_cost
+
+        bits = KVBits(*self._options.key_value_bits)
 
         def on_window(number: int, total: int) -> None:
             status.show(f"measuring what rounded activations cost: window {number} of {total}")
 
-        return self._inference.call(lambda llama: measure_cost(llama, on_window))
+        return self._inference.call(lambda llama: measure_cost(llama, bits, on_window))
 
     def _measure(self, llama: Llama, case: Case) -> Sample:
         session = self._at_depth(llama, case.depth)

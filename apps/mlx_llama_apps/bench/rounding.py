@@ -1,8 +1,7 @@
 """What rounded activations cost: a model's predictions beside its own with float activations.
 
-Both go through a text in the box, window by window: the first half as a prompt is read, the second
-a few tokens at a time, which are multiplied as those of an answer are. A processor may round in one
-of the two alone.
+Both read a text in the box as a prompt is read, window by window: there every processor rounds that
+rounds at all, and some nowhere else.
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from mlx_llama import Llama
-    from mlx_llama.cache import KVCache
+    from mlx_llama.cache import KVBits, KVCache
+    from mlx_llama.model import LlamaModel
     from mlx_llama_quantize.divergence import Divergence, TokenScores
     from mlx_llama_quantize.windows import Windows
 
 MOST_TOKENS, CONTEXT = 1024, 512  # of the text, of a window
-FEW = 4  # tokens that the kernels take as they take one
+ROWS = 64  # whose scores are held at once; each has as many as the vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,11 @@ class Cost:
         return {"text": self.text, **asdict(self.divergence)}
 
 
-def measure_cost(llama: Llama, on_window: Callable[[int, int], None]) -> Cost:
+def measure_cost(llama: Llama, bits: KVBits, on_window: Callable[[int, int], None]) -> Cost:
     """Compare the model with itself; on_window(number, all of them) is called before each window.
 
-    What it was loaded with is in force again afterwards.
+    bits: of both caches.
     """
-    from mlx_llama import ops
     from mlx_llama_quantize.divergence import TokenScores, summarize
     from mlx_llama_quantize.texts import CERTIFICATE, shipped
     from mlx_llama_quantize.windows import cut_windows
@@ -54,16 +53,15 @@ def measure_cost(llama: Llama, on_window: Callable[[int, int], None]) -> Cost:
         context=min(CONTEXT, llama.config.max_context),
     )
     parts: list[TokenScores] = []
-    try:
-        for number in range(len(windows)):
-            on_window(number + 1, len(windows))
-            parts.extend(_scores(llama, windows, number))
-    finally:
-        ops.use_activations(llama.activations)
+    for number in range(len(windows)):
+        on_window(number + 1, len(windows))
+        parts.extend(_window_scores(llama, windows, number, bits))
     return Cost(text.name, summarize(TokenScores.joined(parts)))
 
 
-def _scores(llama: Llama, windows: Windows, number: int) -> Iterator[TokenScores]:
+def _window_scores(
+    llama: Llama, windows: Windows, number: int, bits: KVBits
+) -> Iterator[TokenScores]:
     """Read one window both ways; yield the scores of its second half."""
     import mlx.core as mx
 
@@ -71,31 +69,39 @@ def _scores(llama: Llama, windows: Windows, number: int) -> Iterator[TokenScores
     from mlx_llama.cache import KVCache
     from mlx_llama_quantize.divergence import score_tokens
 
-    ids, scored = mx.array(windows.ids[number]), windows.scored
-    targets = mx.array(windows.targets(number))
-    floats, rounded = (
-        (how, KVCache(llama.config, capacity=windows.context)) for how in (FLOAT32, INT8)
-    )
-    step = ops.prefill_chunk()
-    for side in (floats, rounded):
-        for start in range(0, scored.start, step):
-            _logits(llama, *side, ids[start : min(start + step, scored.start)])
-    for start in range(scored.start, scored.stop, FEW):
-        chunk = ids[start : min(start + FEW, scored.stop)]
-        of_floats, of_rounded = (_logits(llama, *side, chunk) for side in (floats, rounded))
-        first = start - scored.start
-        yield score_tokens(of_floats, of_rounded, targets[first : first + len(chunk)])
+    ids, targets = mx.array(windows.ids[number]), mx.array(windows.targets(number))
+    sides = [llama.model.with_activations(how) for how in (FLOAT32, INT8)]
+    states: list[mx.array] = []
+    for side in sides:
+        storage = ops.cache_storage(llama.dtype, bits)  # as a session has it
+        cache = KVCache(llama.config, capacity=windows.context, bits=bits, storage=storage)
+        states.append(_read(side, ids, cache)[windows.scored])
+    for start in range(0, windows.n_scored, ROWS):
+        rows = slice(start, start + ROWS)
+        of_floats, of_rounded = (
+            # Without the rows of padding that an embedding may have.
+            _evaluated(side.logits(state[rows])[:, : llama.tokenizer.vocab_size])
+            for side, state in zip(sides, states, strict=True)
+        )
+        yield score_tokens(of_floats, of_rounded, targets[rows])
 
 
-def _logits(llama: Llama, how: str, cache: KVCache, ids: mx.array) -> mx.array:
-    """Append ids (L,) to a cache; return their scores (L, V), evaluated."""
+def _read(model: LlamaModel, ids: mx.array, cache: KVCache) -> mx.array:
+    """Read ids (L,) as a prompt is read; return the residual stream (L, dim), evaluated."""
     import mlx.core as mx
 
     from mlx_llama import ops
 
-    ops.use_activations(how)
-    hidden = llama.model.hidden(ids[None], cache)
-    # Without the rows of padding that an embedding may have.
-    logits = llama.model.logits(hidden[0])[:, : llama.tokenizer.vocab_size]
-    mx.eval(logits, cache.arrays)
-    return logits
+    step, found = ops.prefill_chunk(), []
+    for start in range(0, len(ids), step):
+        found.append(model.hidden(ids[None, start : start + step], cache)[0])
+        mx.eval(found[-1], cache.arrays)
+    return _evaluated(mx.concatenate(found))
+
+
+def _evaluated(found: mx.array) -> mx.array:
+    """Return an array once it is computed: before another model's pass begins."""
+    import mlx.core as mx
+
+    mx.eval(found)
+    return found

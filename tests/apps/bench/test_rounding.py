@@ -13,7 +13,8 @@ import pytest
 import mlx_llama
 from bench_peer import peer
 from divergence_oracle import oracle
-from mlx_llama import native, ops
+from mlx_llama import native
+from mlx_llama.cache import KVBits
 from mlx_llama.config import QuantFormat
 from mlx_llama_apps.bench import machine, rounding
 from mlx_llama_apps.main import main
@@ -70,9 +71,8 @@ def test_scores_are_those_of_whole_texts(packed_model: Path) -> None:
     """Perplexity with float activations, from logits of whole windows in NumPy."""
     llama = mlx_llama.load(packed_model, activations="int8")
     windows: list[tuple[int, int]] = []
-    cost = rounding.measure_cost(llama, lambda *which: windows.append(which))
+    cost = rounding.measure_cost(llama, KVBits(32, 32), lambda *which: windows.append(which))
     assert windows == [(1, 2), (2, 2)]
-    assert ops.native_summary(llama.activations).endswith("in 8 bits")
     llama = mlx_llama.load(packed_model)
     ids = llama.tokenizer.encode(shipped(CERTIFICATE).content)[:80]
     losses: list[np.ndarray] = []
@@ -85,14 +85,24 @@ def test_scores_are_those_of_whole_texts(packed_model: Path) -> None:
 
 
 def test_both_sides_go_the_same_way(packed_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without rounding nothing differs, to the last bit; afterwards int8 is in force again."""
+    """Without rounding nothing differs, to the last bit; the model itself still rounds."""
     monkeypatch.setattr(rounding, "INT8", "float32")
     llama = mlx_llama.load(packed_model, activations="int8")
     rounded = np.array(llama.logits([1, 2, 3]))
-    cost = rounding.measure_cost(llama, lambda *_: None)
+    cost = rounding.measure_cost(llama, KVBits(), lambda *_: None)
     assert cost.divergence.kld.maximum == 0
     assert cost.divergence.same_top.value == 1
     assert (np.array(llama.logits([1, 2, 3])) == rounded).all()
+
+
+def test_the_caches_are_of_the_bits_asked_for(packed_model: Path) -> None:
+    llama = mlx_llama.load(packed_model, activations="int8")
+    found = [
+        rounding.measure_cost(llama, bits, lambda *_: None).divergence.ppl_a.value
+        for bits in (KVBits(32, 32), KVBits())
+    ]
+    assert len(set(found)) == len(found)
+    assert found == pytest.approx([found[0]] * len(found), rel=0.05)
 
 
 @pytest.mark.parametrize("form", [[], ["--markdown"]])
