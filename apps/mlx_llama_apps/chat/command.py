@@ -139,8 +139,15 @@ def _loader(
         from mlx_llama.options import ContextOptions, LoadOptions
         from mlx_llama_apps.inference import model_loader
 
-        context = ContextOptions(**settings.group("context"))
-        return model_loader(path, LoadOptions(**options), context, status, on_open=on_open)()
+        left = dict(options)
+        while True:
+            context = ContextOptions(**settings.group("context"))
+            try:
+                return model_loader(path, LoadOptions(**left), context, status, on_open=on_open)()
+            except OptionError as error:  # before the first weight is read
+                if (name := settings.pass_over(error)) is None:
+                    raise
+                left.pop(name, None)
 
     return load
 

@@ -36,6 +36,7 @@ TEXT_KEYS = {
     "system": "the system prompt",
     "date": 'date for the system block of Llama 3.1 and later, such as "26 Jul 2024"',
 }
+OF_SOME_MODELS = ("activations", "kv_bits")  # options that not every model can be loaded with
 ON_FULL = ("ask", "stop", "slide")
 RECOMMENDED = "generation_config.json"  # sources by name
 DEFAULT = "default"
@@ -154,6 +155,18 @@ class Settings:
 
     def _fitting(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
         return {name: value for name, value in values.items() if name not in self.unfit}
+
+    def pass_over(self, error: OptionError) -> str | None:
+        """Note and name what a model refused, if the file or its preset alone asked for it."""
+        if (match := _FLAG.match(str(error))) is None:
+            return None
+        name = match[1].replace("-", "_")
+        if name not in OF_SOME_MODELS or name in self.unfit:
+            return None
+        if self.find(name).source in ("/set", "flag", "chat"):
+            return None
+        self.unfit |= {name}
+        return name
 
     def left_out(self) -> list[str]:
         """Return what the preset, which was asked for, says in vain: the model has no place."""

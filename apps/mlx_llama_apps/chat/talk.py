@@ -36,9 +36,9 @@ class Talk:
     def __init__(self, load: Load, settings: Settings, folders: Folders) -> None:
         self._load = load
         self._settings = settings
-        self._load_options = settings.group("load")
         self.notices: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.llama = load(self._load_options)
+        self.llama = load(settings.group("load"))
+        self._load_options = settings.group("load")  # without what this model was loaded without
         self.session: Session
         self.last: Stats | None = None
         self.resumed = ""  # how a saved chat was taken up
@@ -191,7 +191,7 @@ class Talk:
             "system": self._can_encode([Message("system", "a"), Message("user", "a")]),
             "date": self._can_encode([Message("user", "a")], date="26 Jul 2024"),
         }
-        self._settings.unfit = frozenset(name for name, can in has_place.items() if not can)
+        self._settings.unfit |= {name for name, can in has_place.items() if not can}
         for name in self._settings.left_out():
             self.notices.put(
                 f"{name} of preset {self._settings.preset} is left out: {self.llama.path.name} "
@@ -263,7 +263,8 @@ class Talk:
         messages = self.session.messages
         del self.session, self.llama  # two models may not fit
         try:
-            self.llama, self._load_options = self._load(wanted), wanted
+            self.llama = self._load(wanted)
+            self._load_options = self._settings.group("load")
         except BaseException:
             self.llama = self._load(before)
             raise

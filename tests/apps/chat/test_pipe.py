@@ -41,6 +41,21 @@ def test_context_that_is_full_is_told_on_stderr(home: Path, chat_model: Path) ->
     assert "tokens (part of 1 turn) are dropped" in done.stderr
 
 
+def test_file_for_all_models_asks_in_vain_of_a_dense_one_in_bfloat16(
+    home: Path, chat_model: Path
+) -> None:
+    """Once no chat began: nothing is packed that int8 rounds, and bfloat16 has no 32 bits."""
+    (home / "config").mkdir(parents=True)
+    file = home / "config" / "config.toml"
+    file.write_text('activations = "int8"\nkv_bits = 32\n', encoding="utf-8")
+    options = ("--temperature", 0, "--max-tokens", 9, "--dtype", "bfloat16")
+    chatted = run(home, "chat", chat_model, *options, given="hello")
+    ran = run(home, "run", chat_model, *options, given="hello")
+    assert (chatted.stdout, chatted.stderr, chatted.returncode) == (ran.stdout, "", 0)
+    refused = run(home, "chat", chat_model, *options, "--activations", "int8", given="hello")
+    assert refused.returncode == 2 and refused.stderr.count("--activations int8: ") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [

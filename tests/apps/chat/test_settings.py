@@ -139,6 +139,19 @@ def test_file_for_all_models_and_places_is_passed_over_where_it_cannot_be(tmp_pa
     assert Settings(config=file).value("system") == "be brief"
 
 
+def test_what_a_model_refuses_is_passed_over_where_the_file_alone_asks(tmp_path: Path) -> None:
+    file = read_config(config(tmp_path, 'activations = "int8"\nkv_bits = 32\ncontext = 64'))
+    refused = OptionError("--activations int8: for no matrix of this model")
+    settings = Settings(config=file)
+    assert settings.pass_over(refused) == "activations"
+    assert settings.find("activations").source == "default"
+    assert settings.pass_over(refused) is None
+    assert settings.pass_over(OptionError("--kv-bits 32: the model computes in")) == "kv_bits"
+    assert settings.pass_over(OptionError("--context 64: too long")) is None
+    asked = Settings(config=file, flags={"activations": "int8"})
+    assert asked.pass_over(refused) is None
+
+
 def test_a_wrong_value_of_a_saved_chat_is_no_flags() -> None:
     with pytest.raises(OptionError, match=r"^temperature of the chat: found 'hot'"):
         Settings(of_chat={"temperature": "hot"})
