@@ -202,10 +202,7 @@ def choose_activations(forms: Collection[QuantFormat], *, asked: str | None) -> 
 
 
 def use_activations(chosen: str) -> None:
-    """Let packed products take activations so from now on, in the whole process.
-
-    What is under way is waited for; what was not handed to MLX yet is computed so, too.
-    """
+    """Let products take activations so; what is under way is waited for, what is not changes."""
     if chosen != _taken.activations and (ours := kernels()) is not None:
         mx.synchronize()
         ours.use_byte_activations(chosen == INT8)

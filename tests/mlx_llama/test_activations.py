@@ -103,6 +103,24 @@ def test_answers_in_turns_are_those_of_each_alone(packed_model: Path) -> None:
 
 
 @needs_rounding
+def test_what_is_under_way_is_finished_as_it_was_begun() -> None:
+    weight = mx.random.normal((1024, 1024), key=mx.random.key(1)) / 32
+    packed = mx.quantize(weight, group_size=64, bits=4)
+
+    def products() -> mx.array:
+        x = mx.random.normal((256, 1024), key=mx.random.key(2))
+        for _ in range(40):
+            x = ops.quantized_linear(x, *packed, FORM)
+        return x
+
+    mx.eval(exact := products())
+    mx.async_eval(under_way := products())
+    ops.use_activations("int8")
+    assert mx.array_equal(under_way, exact).item()
+    assert not mx.array_equal(products(), exact).item()
+
+
+@needs_rounding
 def test_a_pass_through_one_block_takes_the_activations_of_its_model(packed_model: Path) -> None:
     """As walks and certificates compute, after a model that rounds has."""
     model = mlx_llama.load(packed_model).model
