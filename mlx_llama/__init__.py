@@ -54,13 +54,15 @@ _HOMES = {
 
 
 class _BeforeMlx:
-    """Stands among the finders of modules until MLX is imported, and finds none."""
+    """Stands among the finders of modules, and finds none.
+
+    It stays: who leaves a list that is gone through hides the next finder.
+    """
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
         """Let `blas.py` do its work when MLX is about to be loaded."""
         if name == "mlx.core":
-            sys.meta_path.remove(_BeforeMlx)
             import_module("mlx_llama.blas").take()
 
 

@@ -18,6 +18,7 @@ from mlx_llama.errors import OptionError
 
 VARIABLE = "MLX_LLAMA_BLAS"  # of the command line, which gives its value to `choose`
 OFF = "off"
+NAMES_OF_OFF = (OFF, "none")  # in whatever case
 KERNELS = "mlx_llama_kernels"
 # In the order in which they are looked for, and how their threads are counted and limited.
 THREADS = {
@@ -58,10 +59,11 @@ class Blas:
 
 @dataclass(slots=True)
 class _State:
-    """What was asked for, and what was taken when MLX was loaded."""
+    """What was asked for, and what was taken when MLX was looked for."""
 
     asked: str | None = None
     taken: Blas | None = None
+    is_settled: bool = False
 
 
 _STATE = _State()
@@ -70,19 +72,24 @@ _STATE = _State()
 def take() -> None:
     """Open the library that was asked for, or that is found: called when MLX is about to be loaded.
 
-    Later is too late, and earlier costs time for nothing. Raises OptionError where what was asked
-    for cannot be opened.
+    Later is too late, and earlier costs time for nothing; only the first call counts. Raises
+    OptionError where what was asked for cannot be opened, each time until another is chosen.
     """
-    _STATE.taken = _chosen(_STATE.asked)
+    if not _STATE.is_settled:
+        _STATE.taken = _chosen(_STATE.asked)
+        _STATE.is_settled = True
 
 
 def choose(name: str) -> None:
-    """Take this BLAS, or none ("off"), when MLX is imported.
+    """Take this BLAS, or none ("off" or "none"), when MLX is imported.
 
-    name: a library of the system's path, such as "libblis.so.4", or an absolute path.
-    Raises OptionError where it could have no effect: MLX is loaded already, or the name is a path
-    below the current folder. One that cannot be opened is an OptionError when MLX is imported.
+    name: a library of the system's path, such as "libblis.so.4", or an absolute path. Where the
+    native kernels are installed they multiply, and it is not opened.
+    Raises OptionError where it comes too late, since MLX is loaded or was looked for, and for a
+    path below the current folder. What cannot be opened is an OptionError when MLX is imported.
     """
+    if name.lower() in NAMES_OF_OFF:
+        name = OFF
     if "/" in name and not name.startswith("/"):
         raise OptionError(
             f"{VARIABLE}={name}: expected {OFF}, the name of a library such as libopenblas.so.0, "
@@ -90,9 +97,8 @@ def choose(name: str) -> None:
         )
     if name == _STATE.asked:
         return
-    if sys.platform != "linux" or "mlx.core" in sys.modules:
-        why = "MLX is loaded already" if sys.platform == "linux" else "only Linux has a choice"
-        raise OptionError(f"{VARIABLE}={name}: no BLAS can be taken: {why}; leave it out")
+    if (why := _reason_against_a_choice()) is not None:
+        raise OptionError(f"{VARIABLE}={name}: no BLAS can be taken: {why}")
     _STATE.asked = name
 
 
@@ -101,19 +107,43 @@ def taken() -> Blas | None:
     return _STATE.taken
 
 
+def would_be_taken() -> bool:
+    """Whether one that was installed would multiply: nothing has the kernels' place or is off."""
+    return _STATE.asked != OFF and not are_kernels_installed()
+
+
+def are_kernels_installed() -> bool:
+    """Whether there is something in the native kernels' place, which may not fit; loads nothing."""
+    return sys.modules.get(KERNELS) is not None or find_spec(KERNELS) is not None
+
+
+def _reason_against_a_choice() -> str | None:
+    if sys.platform != "linux":
+        return "only Linux has a choice; leave it out"
+    if "mlx.core" in sys.modules:
+        return "MLX is loaded already; choose before it is imported, or leave it out"
+    if _STATE.is_settled:
+        return "mlx.core was looked for already; choose before that, or leave it out"
+    return None
+
+
 def _chosen(asked: str | None) -> Blas | None:
-    if asked == OFF:
+    if asked == OFF or are_kernels_installed():  # which leave it nothing to do
         return None
     if asked is not None:
         try:
             found = _opened(asked)
         except OSError as error:
-            raise OptionError(f"{VARIABLE}={asked}: cannot be opened: {error}") from error
+            raise OptionError(
+                f"{VARIABLE}={asked}: cannot be opened: {error}; install it, name another, or "
+                f"give {OFF}"
+            ) from error
         if found is None:
-            raise OptionError(f"{VARIABLE}={asked}: a library without cblas_sgemm, so no BLAS")
+            raise OptionError(
+                f"{VARIABLE}={asked}: a library without cblas_sgemm, so no BLAS; name another, or "
+                f"give {OFF}"
+            )
         return found
-    if find_spec(KERNELS) is not None:  # they leave it nothing to do
-        return None
     for name in THREADS:
         try:
             if (found := _opened(name)) is not None:

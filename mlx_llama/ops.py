@@ -169,18 +169,21 @@ def packs_by_threads(form: QuantFormat) -> bool:
 
 
 def use_threads(asked: int | None) -> None:
-    """Let so many threads compute. Raises OptionError where nothing here can be told to."""
+    """Let so many threads compute. Raises OptionError where that cannot be."""
     if asked is None:
         return
-    if (fast := fast_blas()) is not None and fast.use_threads(asked):
-        return
-    ours = _kernels_for(f"--threads {asked}", "and a BLAS have threads to count")
-    if asked != ours.threads():
-        ours.use_threads(asked)
-    if ours.threads() < asked:
-        raise OptionError(
-            f"--threads {asked}: this process may have {ours.threads()} at most; ask for fewer"
-        )
+    option = f"--threads {asked}"
+    if (fast := fast_blas()) is not None:
+        if not fast.use_threads(asked):
+            raise OptionError(f"{option}: {fast.name} takes no number of threads; leave it out")
+        n_threads = fast.threads()
+    else:
+        ours = _kernels_for(option, "and a BLAS have threads to count")
+        if asked != ours.threads():
+            ours.use_threads(asked)
+        n_threads = ours.threads()
+    if n_threads is not None and n_threads < asked:
+        raise OptionError(f"{option}: this process may have {n_threads} at most; ask for fewer")
 
 
 def choose_activations(forms: Collection[QuantFormat], *, asked: str | None) -> str:
@@ -220,10 +223,9 @@ def _kernels_for(option: str, what: str) -> Any:
 def prefill_chunk() -> int:
     """Return how many tokens of a prompt are computed at once.
 
-    A constant, because the size of a slice changes the last bits of the result; smaller on a CPU,
-    where a cancelled prompt must end soon: 512 are no faster there than 256, and without the native
-    kernels these no faster than 128. With a BLAS each slice dequantizes all weights, and evaluation
-    stops between matrices.
+    A constant, because the size of a slice changes the last bits of the result. A CPU is no faster
+    with 512 than with 256, and without kernels with 128; with a BLAS it is, since each slice
+    dequantizes all weights. A cancelled prompt ends behind half a block, whatever the size.
     """
     if backend() != "cpu" or fast_blas() is not None:
         return 512

@@ -17,12 +17,13 @@ from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
+from mlx_llama import blas
 from mlx_llama.options import ContextOptions, LoadOptions
 from mlx_llama_apps.progress import remark
 from mlx_llama_apps.terminal import StatusLine
 
 NOTICEABLE_BYTES = 64 << 20  # weights of a model that is slow enough to say why
-SLOWER = "4-bit models decode 22 to 42 times slower; `make kernels` builds them (docs/cpu.md)"
+SLOWER = "4-bit models decode 22 to 42 times slower; `make kernels` builds them"
 SECOND_BEST = "where that cannot be, `apt install libopenblas0` makes prompts faster"
 
 if TYPE_CHECKING:
@@ -189,9 +190,11 @@ class Inference(Generic[S]):
             job.results.put(end)
 
 
-def slower(blas: str | None) -> str:
-    """Say what is lost without the kernels, and what helps; blas: what multiplies instead."""
-    return SLOWER if blas is not None else f"{SLOWER}; {SECOND_BEST}"
+def slower(taken: str | None) -> str:
+    """Say what is lost without the kernels, and what helps; taken: the BLAS in their place."""
+    again = " again" if blas.are_kernels_installed() else ""
+    second = f"; {SECOND_BEST}" if taken is None and blas.would_be_taken() else ""
+    return f"{SLOWER}{again} (docs/cpu.md){second}"
 
 
 def _left(until: float | None) -> float | None:

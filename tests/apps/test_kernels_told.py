@@ -31,6 +31,7 @@ def packed_model(base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blas, "taken", lambda: None)
+    monkeypatch.setattr(blas, "are_kernels_installed", lambda: False)
     monkeypatch.setattr(native, "kernels", lambda: None)
     monkeypatch.setattr(native, "missing_reason", lambda: MISSING)
     monkeypatch.setattr(native, "can_be_built", lambda: True)
@@ -71,6 +72,21 @@ def test_show_names_the_blas_that_multiplies_instead(
     out = " ".join(capsys.readouterr().out.split())
     assert "products by libopenblas.so.0" in out and "make kernels" in out
     assert "apt install" not in out
+
+
+def test_a_blas_is_advised_where_it_would_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that do not fit kept it from being taken, and it was advised."""
+    monkeypatch.setattr(blas, "are_kernels_installed", lambda: False)
+    assert "builds them (docs/cpu.md); where that cannot be, `apt" in inference.slower(None)
+    assert "apt install" not in inference.slower("libopenblas.so.0")
+    monkeypatch.setattr(blas, "_STATE", blas._State(asked=blas.OFF))
+    assert "apt install" not in inference.slower(None)
+    monkeypatch.setattr(blas, "_STATE", blas._State())
+    monkeypatch.setattr(blas, "are_kernels_installed", lambda: True)
+    told = inference.slower(None)
+    assert "apt install" not in told and told.endswith(
+        "`make kernels` builds them again (docs/cpu.md)"
+    )
 
 
 def test_a_blas_below_the_current_folder_is_refused(

@@ -26,7 +26,7 @@ FORMS = [
 
 
 class Library:
-    """A library that was opened, as far as its threads go."""
+    """A library that was opened, as far as its threads go: 64 at most, as it was built."""
 
     def __init__(self, n_threads: int) -> None:
         self.n_threads = n_threads
@@ -37,7 +37,7 @@ class Library:
         return self.n_threads
 
     def _set(self, n_threads: c_long) -> None:
-        self.n_threads = n_threads.value
+        self.n_threads = min(n_threads.value, 64)
 
 
 class Mute:
@@ -99,7 +99,12 @@ def test_threads_are_those_of_the_blas(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "libtest.so.0, 2 threads" in ops.native_summary()
     ops.use_threads(1)
     assert library.n_threads == 1
+    with pytest.raises(OptionError, match="--threads 1000: this process may have 64 at most"):
+        ops.use_threads(1000)
     monkeypatch.setattr(blas, "taken", found)
+    with pytest.raises(OptionError, match="takes no number of threads; leave it out"):
+        ops.use_threads(1)
+    monkeypatch.setattr(blas, "taken", lambda: None)
     with pytest.raises(OptionError, match="a BLAS have threads to count"):
         ops.use_threads(1)
 
@@ -116,8 +121,11 @@ def test_threads_are_those_of_the_blas(monkeypatch: pytest.MonkeyPatch) -> None:
         ("/nowhere/libopenblas.so.0", "cannot be opened"),
     ],
 )
-def test_what_was_asked_for_and_cannot_be_had_is_an_error(name: str, message: str) -> None:
-    with pytest.raises(OptionError, match=message):
+def test_what_was_asked_for_and_cannot_be_had_is_an_error(
+    name: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blas, "are_kernels_installed", lambda: False)
+    with pytest.raises(OptionError, match=f"{message}.*; .*name another, or give off"):
         blas._chosen(name)
 
 
@@ -130,16 +138,17 @@ def test_none_is_looked_for_where_there_are_kernels(monkeypatch: pytest.MonkeyPa
         return None if len(opened) == 1 else found()
 
     monkeypatch.setattr(blas, "_opened", opens)
-    monkeypatch.setattr(blas, "find_spec", lambda _: object())
+    monkeypatch.setattr(blas, "are_kernels_installed", lambda: True)
     assert blas._chosen(None) is None and opened == []
-    monkeypatch.setattr(blas, "find_spec", lambda _: None)
+    assert blas._chosen("libopenblas.so.0") is None and opened == []
+    monkeypatch.setattr(blas, "are_kernels_installed", lambda: False)
     assert blas._chosen("off") is None and opened == []
     assert blas._chosen(None) is not None and opened == [*blas.THREADS][:2]
 
 
 @linux
 def test_a_system_without_any_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blas, "find_spec", lambda _: None)
+    monkeypatch.setattr(blas, "are_kernels_installed", lambda: False)
     monkeypatch.setattr(blas, "THREADS", {"libnot-there.so.9": ("", ""), NO_BLAS: ("", "")})
     assert blas._chosen(None) is None
 
@@ -172,9 +181,53 @@ def test_it_is_taken_before_mlx_and_not_before_it_is_needed() -> None:
         "blas.take = take\n"
         "import mlx_llama.config; print('not yet')\n"
         "import mlx_llama.ops, mlx.core\n"
-        "print(any('BeforeMlx' in str(finder) for finder in sys.meta_path))\n"
     )
-    assert run_python(code).split("\n") == ["not yet", "False", "False"]
+    assert run_python(code).split("\n") == ["not yet", "False"]
+
+
+@linux
+def test_finders_behind_it_are_asked_for_mlx() -> None:
+    code = (
+        "import sys, mlx_llama\n"
+        "class Behind:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'mlx.core': print('asked')\n"
+        "sys.meta_path.insert(1, Behind)\n"
+        "import mlx.core\n"
+    )
+    assert run_python(code) == "asked"
+
+
+@linux
+def test_a_choice_behind_a_look_for_mlx_is_an_error() -> None:
+    """It was accepted, and had no effect."""
+    code = (
+        "import importlib.util, sys, mlx_llama\n"
+        "from mlx_llama import blas\n"
+        "importlib.util.find_spec('mlx.core')\n"
+        "assert 'mlx.core' not in sys.modules\n"
+        "try: blas.choose('off')\n"
+        "except mlx_llama.MlxLlamaError as error: print(error)\n"
+    )
+    assert "mlx.core was looked for already" in run_python(code)
+
+
+@linux
+def test_what_cannot_be_opened_is_an_error_until_another_is_chosen() -> None:
+    """The second import succeeded, on MLX's own."""
+    code = (
+        "import mlx_llama\n"
+        "from mlx_llama import blas\n"
+        "blas.are_kernels_installed = lambda: False\n"
+        "blas.choose('libnot-there.so.9')\n"
+        "for _ in range(2):\n"
+        "    try: import mlx.core\n"
+        "    except mlx_llama.MlxLlamaError as error: print('cannot be opened' in str(error))\n"
+        "blas.choose('NONE')\n"
+        "import mlx.core; print(blas.taken())\n"
+    )
+    assert run_python(code).split("\n") == ["True", "True", "None"]
 
 
 @linux
@@ -184,7 +237,8 @@ def test_an_openblas_multiplies() -> None:
     except OSError:
         pytest.skip("no libopenblas.so.0 is installed")
     code = (
-        "import mlx_llama; from mlx_llama import blas; blas.choose('libopenblas.so.0')\n"
+        "import mlx_llama; from mlx_llama import blas; blas.are_kernels_installed = lambda: False\n"
+        "blas.choose('libopenblas.so.0')\n"
         "import mlx.core as mx, numpy as np\n"
         "x, y = mx.random.normal((70, 300)), mx.random.normal((300, 50))\n"
         "expected = np.array(x, np.float64) @ np.array(y, np.float64)\n"
