@@ -63,7 +63,7 @@ kernels-check-arm:
 	@out=kernels/build/arm; \
 	cmake -S kernels -B $$out -DMLK_PYTHON=OFF -DMLK_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static >/dev/null && \
-	cmake --build $$out --parallel 2 >/dev/null && qemu-aarch64 $$out/check 10
+	cmake --build $$out --parallel 2 >/dev/null && qemu-aarch64 $$out/check 5
 
 clean:
 	rm -rf $(VENV) build dist kernels/build
