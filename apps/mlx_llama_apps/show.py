@@ -111,9 +111,11 @@ def model_facts(
     }
 
 
-def model_rows(directory: ModelDirectory, options: LoadOptions) -> list[tuple[str, str]]:
+def model_rows(
+    directory: ModelDirectory, context: ContextOptions, options: LoadOptions
+) -> list[tuple[str, str]]:
     """Return what `show` says of the model itself, as name and value; fit for a terminal."""
-    rows = _rows(model_facts(directory, ContextOptions(), options))
+    rows = _rows(model_facts(directory, context, options))
     return [
         (name, visible(value.translate(LINE_ENDS)))
         for name, value in rows

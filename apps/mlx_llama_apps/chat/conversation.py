@@ -221,11 +221,12 @@ class Conversation:
     def show(self) -> None:
         """Say what the model is and how it runs."""
         from mlx_llama.loading import open_model_directory
-        from mlx_llama.options import LoadOptions
+        from mlx_llama.options import ContextOptions, LoadOptions
         from mlx_llama_apps.show import model_rows
 
-        path = self._inference.call(lambda talk: talk.llama.path)
-        rows = model_rows(open_model_directory(path), LoadOptions(**self._settings.group("load")))
+        path, settings = self._inference.call(lambda talk: talk.llama.path), self._settings
+        asked = ContextOptions(**settings.group("context"))
+        rows = model_rows(open_model_directory(path), asked, LoadOptions(**settings.group("load")))
         context, nbytes, chat_id = self._inference.call(
             lambda talk: (talk.session.context, talk.session.cache.nbytes, talk.chat_id)
         )

@@ -21,6 +21,14 @@ def test_retry_with_nothing_asked_says_that_alone(chat_model: Path, start: Start
     assert "another seed" not in terminal.raw
 
 
+def test_what_a_token_takes_is_told_of_the_bits_in_use(base_model: Path, start: Start) -> None:
+    """Two layers, two key/value heads of 16: too narrow to be packed, so 32 bits are told apart."""
+    terminal = start(base_model, "--kv-bits", 32)
+    terminal.expect("base model")
+    terminal.enter("/show")
+    terminal.expect("512 bytes each")
+
+
 def test_conversation_is_saved_and_resumed_with_its_cache(
     home: Path, chat_model: Path, start: Start
 ) -> None:
