@@ -44,6 +44,12 @@ DTYPES: Mapping[str, Dtype] = {
 
 BY_SAFETENSORS: Mapping[str, Dtype] = {dtype.safetensors: dtype for dtype in DTYPES.values()}
 
+
+def name_of(dtype: mx.Dtype) -> str:
+    """Return MLX's name of a dtype, such as `bfloat16`."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
 # What no tensor of a model exceeds; MLX counts a dimension in 32 bits.
 MAX_NDIM = 8
 MAX_DIMENSION = (1 << 31) - 1

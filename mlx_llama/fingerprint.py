@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from mlx_llama.config import ModelConfig
+from mlx_llama.dtypes import name_of
 from mlx_llama.model import LlamaModel
 from mlx_llama.options import FLOAT32
 from mlx_llama.tensor_ref import byte_view
@@ -29,7 +30,7 @@ def model_fingerprint(
         "shape": _shape(config),
         "RoPE": _rope(config),
         "quantization": _quantization(config),
-        "dtype": str(dtype).removeprefix("mlx.core.") + rounded,
+        "dtype": name_of(dtype) + rounded,
         "weights": _digest(model),
     }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_llama import ops
+from mlx_llama import dequantized, ops
 from mlx_llama.cache.kv import STEP
 from mlx_llama.cache.rows import GROUPS, PLAIN, KVBits, row_bytes
 from mlx_llama.cgroups import group_folders
@@ -189,21 +189,21 @@ def _feed_forward_bytes(config: ModelConfig, dtype: mx.Dtype, chunk: int) -> int
 
 
 def _dequantized_bytes(config: ModelConfig, chunk: int) -> int:
-    """Count a product with a packed matrix where a BLAS does it: see `ops.quantized_linear`."""
-    if ops.fast_blas() is None or config.quantization is None or chunk < ops.BLAS_ROWS:
+    """Count a product with a packed matrix where a BLAS does it: see `dequantized.py`."""
+    if ops.fast_blas() is None or config.quantization is None or chunk < dequantized.LEAST_ROWS:
         return 0
     heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     dim, hidden = config.dim, config.hidden_dim
     shapes = ((heads + 2 * kv_heads, dim), (dim, heads), (2 * hidden, dim), (dim, hidden))
     found: list[int] = []
     for rows, columns in shapes:
-        whole = rows * columns * ops.BLAS_NUMBER
+        whole = rows * columns * dequantized.NUMBER_BYTES
         # The residual stream twice, what is multiplied, and the product.
         floats = chunk * (2 * dim + columns + rows)
-        if whole > ops.BLAS_BYTES:  # in parts, which are joined, beside what the norm has left
+        if whole > dequantized.BYTES:  # in parts, which are joined, beside what the norm has left
             found.append((floats + chunk * rows) * FLOAT32)
             floats += 3 * chunk * dim
-        found.append(min(ops.BLAS_BYTES, whole) + floats * FLOAT32)
+        found.append(min(dequantized.BYTES, whole) + floats * FLOAT32)
     return max(found)
 
 

@@ -14,19 +14,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_llama import blas, native
+from mlx_llama import blas, dequantized, native
 from mlx_llama.attention import Manner, attend
 from mlx_llama.cache.rows import AS_COMPUTED, WIDE, KVBits, Storage
 from mlx_llama.cache.view import Sees, View
 from mlx_llama.config import QuantFormat
+from mlx_llama.dtypes import name_of
 from mlx_llama.errors import OptionError
 from mlx_llama.options import FLOAT32, INT8
-
-# From so many rows on it pays to dequantize a matrix and multiply by BLAS, some of its rows at a
-# time: MLX takes two floats for each number.
-BLAS_ROWS = 8
-BLAS_BYTES = 32 << 20
-BLAS_NUMBER = 2 * mx.float32.size
 
 _taken = SimpleNamespace(activations=FLOAT32)  # as the kernels were told last
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -123,7 +118,7 @@ def cache_dtype(compute: mx.Dtype, bits: KVBits) -> mx.Dtype:
     if WIDE in (bits.keys, bits.values):
         if compute == mx.float32:
             return compute
-        name = str(compute).removeprefix("mlx.core.")
+        name = name_of(compute)
         raise OptionError(
             f"--kv-bits {bits}: the model computes in {name}, which has 16; give --dtype float32 "
             "too, or leave it at 16"
@@ -144,13 +139,17 @@ def native_summary(activations: str | None = None) -> str:
     """
     if (ours := kernels()) is not None:
         rounded = ", activations in 8 bits" if activations == INT8 else ""
-        return f"native kernels: {ours.instructions()}, {ours.threads()} threads{rounded}"
+        return f"native kernels: {ours.instructions()}, {_counted(ours.threads())}{rounded}"
     if backend() != "cpu":
         return "MLX's own kernels"
     if (fast := fast_blas()) is not None:
-        threads = "" if (n := fast.threads()) is None else f", {n} threads"
+        threads = "" if (n := fast.threads()) is None else f", {_counted(n)}"
         return f"MLX's own operations, products by {fast.name}{threads}: {native.missing_reason()}"
     return f"MLX's own operations, one thread: {native.missing_reason()}"
+
+
+def _counted(n_threads: int) -> str:
+    return "1 thread" if n_threads == 1 else f"{n_threads} threads"
 
 
 def slow_reason() -> str | None:
@@ -196,10 +195,11 @@ def choose_activations(forms: Collection[QuantFormat], *, asked: str | None) -> 
         return FLOAT32
     ours = _kernels_for(f"--activations {asked}", "have a choice")
     if asked == INT8 and not any(native.takes_bytes(form) for form in forms):
-        found = "; ".join(sorted(form.describe() for form in forms)) or "nothing is packed"
+        found = "; ".join(sorted(form.describe() for form in forms))
+        why = f"the native kernels ({ours.instructions()}) do it for none of its formats ({found})"
         raise OptionError(
-            f"--activations {asked}: for no matrix of this model ({found}) do the native kernels "
-            f"({ours.instructions()}) round activations; leave it out"
+            f"--activations {asked}: no activations of this model are rounded: "
+            f"{why if forms else 'it has no packed matrix'}; leave it out"
         )
     return asked
 
@@ -223,9 +223,9 @@ def _kernels_for(option: str, what: str) -> Any:
 def prefill_chunk() -> int:
     """Return how many tokens of a prompt are computed at once.
 
-    A constant, because the size of a slice changes the last bits of the result. A CPU is no faster
-    with 512 than with 256, and without kernels with 128; with a BLAS it is, since each slice
-    dequantizes all weights. A cancelled prompt ends behind half a block, whatever the size.
+    A constant, because the size of a slice changes the last bits of the result. On a CPU larger
+    slices are no faster than 256, without the native kernels than 128; with a BLAS they are, since
+    each one dequantizes all weights. A cancelled prompt ends behind half a block, at any size.
     """
     if backend() != "cpu" or fast_blas() is not None:
         return 512
@@ -256,7 +256,7 @@ def quantized_linear(
             x, weight, scales, biases, group_size=form.group_size, bits=form.bits
         )
     if is_dequantized(x):
-        return _blas_product(x, weight, scales, biases, form)
+        return dequantized.multiply(x, weight, scales, biases, form)
     return mx.quantized_matmul(
         x,
         weight,
@@ -272,28 +272,7 @@ def quantized_linear(
 def is_dequantized(x: mx.array) -> bool:
     """Whether a packed matrix is dequantized for x (..., in): there is a BLAS, and many rows."""
     n_rows = math.prod(x.shape[:-1])
-    return n_rows >= BLAS_ROWS and x.dtype == mx.float32 and fast_blas() is not None
-
-
-def _blas_product(
-    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None, form: QuantFormat
-) -> mx.array:
-    """Multiply by a packed matrix, some rows of it dequantized at a time.
-
-    Evaluates: MLX would allocate all that a pass dequantizes before it computes the first product.
-    """
-    n_rows = max(1, BLAS_BYTES // (x.shape[-1] * BLAS_NUMBER))
-    parts: list[mx.array] = []
-    for start in range(0, weight.shape[0], n_rows):
-        rows = slice(start, start + n_rows)
-        bias_rows = None if biases is None else biases[rows]
-        dense = dequantize(weight[rows], scales[rows], bias_rows, form)
-        parts.append(x @ dense.astype(mx.float32).T)
-        del dense
-        mx.eval(parts[-1])
-    product = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
-    mx.eval(product)  # or its parts would wait beside it
-    return product
+    return n_rows >= dequantized.LEAST_ROWS and x.dtype == mx.float32 and fast_blas() is not None
 
 
 def quantize(x: mx.array, form: QuantFormat) -> tuple[mx.array, ...]:

@@ -15,6 +15,8 @@ from typing import Any
 
 from mlx_llama.errors import CheckpointError
 
+MAX_JSON_BYTES = 64 << 20  # of a model directory's largest ones
+
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from mlx_llama.options import PLAIN_BITS, ContextOptions, LoadOptions
-from mlx_llama.strict_json import json_text
+from mlx_llama.strict_json import MAX_JSON_BYTES, json_text, load_json
 from mlx_llama_apps import paths
 from mlx_llama_apps.flags import LoadFlags, PlanFlags, given
 from mlx_llama_apps.inference import slower
@@ -61,6 +61,7 @@ def model_facts(
     """Collect what `show` prints, as JSON holds it; sizes in bytes."""
     from mlx_llama import ops
     from mlx_llama.cache import KVBits
+    from mlx_llama.dtypes import name_of
     from mlx_llama.kinds import kind_named
     from mlx_llama.memory import cache_bytes_per_token
 
@@ -106,7 +107,7 @@ def model_facts(
             "formats": directory.native_formats,
             "other_formats": directory.other_formats,
         },
-        "dtype": str(dtype).removeprefix("mlx.core."),
+        "dtype": name_of(dtype),
         "activations": activations,
     }
 
@@ -137,6 +138,7 @@ def _memory_facts(
 ) -> dict[str, Any]:
     """Say what running the model takes, and which contexts would fit."""
     from mlx_llama.context import plan_context
+    from mlx_llama.dtypes import name_of
     from mlx_llama.ops import cache_dtype
 
     context = plan_context(options, config, dtype=dtype, weights=directory.loaded_bytes(dtype))
@@ -146,16 +148,13 @@ def _memory_facts(
         "fits": context.plan.fits,
         "context_reason": context.reason,
         "kv_bits": str(context.bits),
-        "kv_dtype": str(cache_dtype(dtype, context.bits)).removeprefix("mlx.core."),
+        "kv_dtype": name_of(cache_dtype(dtype, context.bits)),
         "largest_contexts": context.demand.largest_contexts(context.plan.found),
     }
 
 
 def _source_files(path: Path) -> list[dict[str, Any]]:
     """Return the files that the directory was made of, by its manifest."""
-    from mlx_llama.loading import MAX_JSON_BYTES
-    from mlx_llama.strict_json import load_json
-
     if not (path / "manifest.json").is_file():
         return []
     source = load_json(path / "manifest.json", max_bytes=MAX_JSON_BYTES).get("source")

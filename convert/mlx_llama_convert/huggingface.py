@@ -9,11 +9,10 @@ from typing import Any
 
 from mlx_llama.config import ModelConfig, config_from_hf, quantization_from_hf
 from mlx_llama.errors import CheckpointError, OptionError, UnsupportedModelError
+from mlx_llama.folder_kind import decide_folder_kind
 from mlx_llama.kinds import decide_rope_factor
 from mlx_llama.loading import (
     GENERATION_NAME,
-    MAX_JSON_BYTES,
-    decide_folder_kind,
     open_folder_tokenizer,
     read_generation_config,
     recorded_stop_ids,
@@ -21,7 +20,7 @@ from mlx_llama.loading import (
 from mlx_llama.options import ConvertOptions
 from mlx_llama.packed_ref import packed_ref
 from mlx_llama.sampling import sampling_defaults
-from mlx_llama.strict_json import load_json
+from mlx_llama.strict_json import MAX_JSON_BYTES, load_json
 from mlx_llama.tensor_ref import TensorRef
 from mlx_llama.tokenizer import Tokenizer
 from mlx_llama.weight_files import SAFETENSORS, WeightFormat

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_llama.config import ModelConfig, RopeScaling, rope_from_hf
 from mlx_llama.errors import CheckpointError, OptionError, TokenizerError
+from mlx_llama.folder_kind import folder_names
 from mlx_llama.kinds import (
     CODELLAMA_THETA,
     Decision,
@@ -16,15 +17,10 @@ from mlx_llama.kinds import (
     decide_rope_factor,
     kind_named,
 )
-from mlx_llama.loading import (
-    GENERATION_NAME,
-    MAX_JSON_BYTES,
-    folder_names,
-    read_generation_config,
-)
+from mlx_llama.loading import GENERATION_NAME, read_generation_config
 from mlx_llama.options import ConvertOptions
 from mlx_llama.sampling import sampling_defaults
-from mlx_llama.strict_json import load_json
+from mlx_llama.strict_json import MAX_JSON_BYTES, load_json
 from mlx_llama.tokenizer import Tokenizer, open_tokenizer
 from mlx_llama.weights import EMBEDDING, OUTPUT
 from mlx_llama_convert.fp8 import apply_scales

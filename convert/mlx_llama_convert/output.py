@@ -17,12 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_llama.errors import CheckpointError, OutputError, is_ctrl_c
-from mlx_llama.strict_json import load_json
+from mlx_llama.strict_json import MAX_JSON_BYTES, load_json
 from mlx_llama_convert.hashing import file_digests
 
 JOURNAL = ".mlx-llama-partial"  # marks the folder as ours; holds the lock and the finished files
 MANIFEST_NAME = "manifest.json"
-MAX_JSON_BYTES = 64 << 20
 REPLACED = ".replaced"  # the old output, inside the partial folder while names are swapped
 
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from mlx_llama import ops
 from mlx_llama.config import QuantFormat
+from mlx_llama.dtypes import name_of
 from mlx_llama.errors import OutputError
 from mlx_llama.memory import available_memory
 from mlx_llama.safetensors_writer import entry_nbytes
@@ -118,7 +119,7 @@ def _loaded_bytes(plan: ConversionPlan, dtype: mx.Dtype) -> int:
     """Return what the result takes in memory, scales and dense tensors in a dtype."""
     if plan.is_open:  # scale and bias take a bit more of each weight, in groups of 32
         return int(((plan.options.target_bpw or 0) + 1) * plan.config.parameter_count / 8)
-    name, weights = str(dtype).removeprefix("mlx.core."), plan.source.weights
+    name, weights = name_of(dtype), plan.source.weights
     entries = (
         entry
         for tensor, form in plan.forms.items()

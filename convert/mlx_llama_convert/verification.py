@@ -16,10 +16,10 @@ import numpy as np
 from mlx_llama.config import ModelConfig
 from mlx_llama.errors import CheckpointError
 from mlx_llama.linear import Stack
-from mlx_llama.loading import MAX_JSON_BYTES, ModelDirectory, open_model_directory
+from mlx_llama.loading import ModelDirectory, open_model_directory
 from mlx_llama.model import Block, LlamaModel
 from mlx_llama.packed_ref import packed_ref
-from mlx_llama.strict_json import load_json
+from mlx_llama.strict_json import MAX_JSON_BYTES, load_json
 from mlx_llama.weights import EMBEDDING, NORM, OUTPUT, hf_module, tensor_shapes
 from mlx_llama_convert.hashing import file_digests
 from mlx_llama_convert.source import SourceModel

@@ -1,4 +1,4 @@
-"""Operations of a Llama for x86-64 processors, as MLX primitives.
+"""Operations of a Llama on a processor, as MLX primitives.
 
 Built against one version of MLX, whose C++ interface changes with every release; another one is
 refused here, by name, where loading it would crash.

@@ -19,6 +19,7 @@ import mlx.core as mx
 from mlx_llama.cache.kv import KVCache
 from mlx_llama.cache.rows import PLAIN, Layer, Storage, Stored, group_size
 from mlx_llama.cache.window import Window
+from mlx_llama.dtypes import name_of
 from mlx_llama.errors import CheckpointError, OptionError
 from mlx_llama.safetensors_reader import open_with_metadata
 from mlx_llama.safetensors_writer import Entry, SafetensorsWriter
@@ -44,7 +45,7 @@ def save_cache(
     arrays = dict(_arrays(cache, tokens))
     if any(array.ndim > 1 and array.shape[0] != 1 for array in arrays.values()):
         raise ValueError("a cache of several texts cannot be saved as one")
-    entries: list[Entry] = [(name, _name_of(a.dtype), a.shape) for name, a in arrays.items()]
+    entries: list[Entry] = [(name, name_of(a.dtype), a.shape) for name, a in arrays.items()]
     metadata = {"cache": json.dumps(_state(cache)), "model": json.dumps(dict(fingerprint))}
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
     os.close(handle)  # made for its owner alone, which writing to it does not change
@@ -86,7 +87,8 @@ def load_cache(
         raise _refusal(path, f"version {_shown(found)} of the format, expected {VERSION}")
     for name, expected in fingerprint.items():
         if not _is_same(found := model.get(name), expected):
-            raise _refusal(path, f"another model's: {name} {_shown(found)}, here {expected}")
+            what = "of dtype" if name == "dtype" else f"another model's: {name}"
+            raise _refusal(path, f"{what} {_shown(found)}, here {expected}")
     _check_storage(path, cache, state)
     window = _window(path, cache, state)
     if keep is not None and window.forgotten and keep != window.keep:
@@ -103,7 +105,7 @@ def load_cache(
         raise _refusal(path, f"damaged: there is no token {max(tokens)}")
     n_layers = cache.config.n_layers if tokens else 0
     here = cache.storage.dtype or dtype
-    storage = None if name == _name_of(here) else replace(cache.storage, dtype=here)
+    storage = None if name == name_of(here) else replace(cache.storage, dtype=here)
     layers = [_layer(refs, index, cache, storage, is_packed) for index in range(n_layers)]
     cache.take_up(window, layers, is_packed=is_packed)
     return tokens
@@ -198,15 +200,11 @@ def _policy(slides: bool) -> str:
     return "slide" if slides else "stop"
 
 
-def _name_of(dtype: mx.Dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")
-
-
 def _dtype_of(refs: Mapping[str, TensorRef], dtype: mx.Dtype) -> str:
     """Return the dtype that a file's numbers have, or ought to have."""
     last = max((name for name in refs if name != TOKENS), default=None)
     may_be_half = dtype == mx.float32 and last is not None and refs[last].dtype == "float16"
-    return "float16" if may_be_half else _name_of(dtype)
+    return "float16" if may_be_half else name_of(dtype)
 
 
 def _expected(

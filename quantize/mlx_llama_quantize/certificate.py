@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_llama.config import ModelConfig
+from mlx_llama.dtypes import name_of
 from mlx_llama.loading import ModelDirectory
 from mlx_llama.packed_ref import PackedRef, packed_ref
 from mlx_llama.weights import WeightSource, hf_module
@@ -103,7 +104,7 @@ def certify(
     before = Spent()
     if request.text is not None:
         compared = Subject.of_directory(result)
-        dtype = str(compared.dtype_with(None)).removeprefix("mlx.core.")
+        dtype = name_of(compared.dtype_with(None))
         tokenizer = source.tokenizer
         windows = cut_windows(
             tokenizer.encode(request.text.content),

@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_llama.config import ModelConfig, QuantFormat
 from mlx_llama.errors import CheckpointError, QuantizationError
 from mlx_llama.ops import DTYPES
-from mlx_llama.strict_json import json_text, load_json
+from mlx_llama.strict_json import MAX_JSON_BYTES, json_text, load_json
 from mlx_llama.tokenizer import Tokenizer
 from mlx_llama.weights import WeightSource
 from mlx_llama_quantize.keeping import Keeper, OnNote
@@ -32,7 +32,6 @@ WORK = 2_500_000_000  # weights times windows: of a large model fewer windows ar
 PROBES = (2, 4)  # bits
 SAMPLE_WEIGHTS = 1 << 17  # of a matrix, whose error is looked at in every format
 RUNS = 16  # of rows next to each other in a sample
-MAX_JSON_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_llama.dtypes import name_of
 from mlx_llama.errors import CheckpointError, OutputError
 from mlx_llama.safetensors_reader import open_safetensors
 from mlx_llama.safetensors_writer import SafetensorsWriter
@@ -57,7 +58,7 @@ class WalkRecord:
 
     def _write(self, name: str, arrays: dict[str, mx.array]) -> None:
         beside = self.folder / f"{name}.partial.safetensors"
-        entries = [(n, str(a.dtype).removeprefix("mlx.core."), a.shape) for n, a in arrays.items()]
+        entries = [(n, name_of(a.dtype), a.shape) for n, a in arrays.items()]
         try:
             with SafetensorsWriter(beside, entries, is_durable=False) as writer:
                 for each, array in arrays.items():

@@ -124,7 +124,7 @@ def test_show_says_when_activations_are_rounded(
     assert found["activations"] == "int8"
     assert "activations in 8 bits" in found["kernels"]["summary"]
     assert main(["show", str(base_model), "--activations", "int8"]) == 2
-    assert "for no matrix of this model (nothing is packed)" in capsys.readouterr().err
+    assert "are rounded: it has no packed matrix; leave it out" in capsys.readouterr().err
 
 
 def test_kernels_that_refuse_arrays_are_named_and_not_used(

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_llama import blas, cgroups, native, ops
+from mlx_llama import blas, cgroups, dequantized, native, ops
 from mlx_llama.blas import Blas
 from mlx_llama.config import QuantFormat
 from mlx_llama.errors import OptionError
@@ -66,10 +66,10 @@ def packed(form: QuantFormat, rows: int, columns: int) -> tuple[mx.array, ...]:
 def test_many_rows_are_multiplied_by_a_dequantized_matrix(
     form: QuantFormat, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "BLAS_BYTES", rows_at_once * 128 * ops.BLAS_NUMBER)
+    monkeypatch.setattr(dequantized, "BYTES", rows_at_once * 128 * dequantized.NUMBER_BYTES)
     weight, scales, *rest = packed(form, 100, 128)
     biases = rest[0] if rest else None
-    x = mx.random.normal((2, ops.BLAS_ROWS // 2, 128), key=mx.random.key(2))
+    x = mx.random.normal((2, dequantized.LEAST_ROWS // 2, 128), key=mx.random.key(2))
     assert ops.is_dequantized(x) and not ops.is_dequantized(x[:, 1:])
     assert not ops.is_dequantized(x.astype(mx.bfloat16))
     product = ops.quantized_linear(x, weight, scales, biases, form)
@@ -77,7 +77,7 @@ def test_many_rows_are_multiplied_by_a_dequantized_matrix(
         weight, scales, biases, group_size=form.group_size, bits=form.bits, mode=form.mode
     )
     expected = np.array(x, np.float64) @ np.array(dense.astype(mx.float32), np.float64).T
-    assert product.shape == (2, ops.BLAS_ROWS // 2, 100) and product.dtype == mx.float32
+    assert product.shape == (2, dequantized.LEAST_ROWS // 2, 100) and product.dtype == mx.float32
     np.testing.assert_allclose(product, expected, rtol=0, atol=1e-4)
 
 

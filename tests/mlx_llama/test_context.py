@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mlx_llama
-from mlx_llama import Llama, Message, blas, context, memory, native, ops
+from mlx_llama import Llama, Message, blas, context, dequantized, memory, native, ops
 from mlx_llama.cache import KVBits, KVCache
 from mlx_llama.config import ModelConfig, QuantFormat
 from mlx_llama.errors import ContextOverflowError, MemoryShortError, OptionError
@@ -222,7 +222,7 @@ def test_the_plan_knows_what_is_dequantized_for_a_blas(
     monkeypatch.setattr(native, "kernels", lambda: None)
     monkeypatch.setattr(blas, "taken", lambda: blas.Blas("libtest.so.0", object()))
     if "parts" in name:
-        monkeypatch.setattr(ops, "BLAS_BYTES", 8 << 20)
+        monkeypatch.setattr(dequantized, "BYTES", 8 << 20)
     case, form = DEQUANTIZED[name], QuantFormat(bits=4, group_size=64)
     config = replace(medium_config(**dict(case.changes)), quantization=form)
     arrays: dict[str, mx.array] = {}

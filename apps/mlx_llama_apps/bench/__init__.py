@@ -139,6 +139,7 @@ def _engines(
     status: StatusLine,
 ) -> tuple[OurEngine, list[Engine]]:
     """Load the model in every engine; the stack ends them. A peer computes in our dtype."""
+    from mlx_llama.dtypes import name_of
     from mlx_llama_apps.bench.ours import OurEngine
     from mlx_llama_apps.bench.peers import open_peer
 
@@ -154,7 +155,7 @@ def _engines(
         rival.name,
         rival.program,
         model,
-        dtype=str(directory.dtype_with(load_options)).removeprefix("mlx.core."),
+        dtype=name_of(directory.dtype_with(load_options)),
         threads=load_options.threads,
         context=context,
     )
@@ -182,6 +183,7 @@ def _report(
 ) -> Report:
     """Begin the report: the model's facts, and the machine's, whose memory is measured now."""
     import mlx_llama
+    from mlx_llama.dtypes import name_of
     from mlx_llama_apps.bench.machine import machine_facts
     from mlx_llama_apps.bench.ours import NAME
     from mlx_llama_apps.bench.table import Report
@@ -195,7 +197,7 @@ def _report(
         "parameters": directory.config.parameter_count,
         "matrices": formats,
         "weight_bytes": directory.weight_bytes,
-        "dtype": str(directory.dtype_with(options)).removeprefix("mlx.core."),
+        "dtype": name_of(directory.dtype_with(options)),
         "activations": activations,
     }
     return Report(model, machine_facts(options), {NAME: mlx_llama.__version__})
@@ -204,10 +206,11 @@ def _report(
 def _cache_dtype(directory: ModelDirectory, load: LoadOptions, options: ContextOptions) -> str:
     """Name the dtype of plain cached numbers; OptionError where the bits cannot be had."""
     from mlx_llama.cache import KVBits
+    from mlx_llama.dtypes import name_of
     from mlx_llama.ops import cache_dtype
 
     found = cache_dtype(directory.dtype_with(load), KVBits(*options.key_value_bits))
-    return str(found).removeprefix("mlx.core.")
+    return name_of(found)
 
 
 def _measure(

@@ -12,7 +12,7 @@ from typing import Any
 import mlx_llama
 from mlx_llama.errors import CheckpointError, OutputError
 from mlx_llama.options import ConvertOptions
-from mlx_llama.strict_json import load_json
+from mlx_llama.strict_json import MAX_JSON_BYTES, load_json
 from mlx_llama_apps import paths
 from mlx_llama_apps.locks import locked
 from mlx_llama_apps.progress import remark
@@ -88,7 +88,7 @@ def _refuse_another(made: Path) -> None:
 
 def _manifest(made: Path) -> dict[str, Any]:
     """Return a directory's manifest; nothing where it is damaged or not there."""
-    from mlx_llama_convert.output import MANIFEST_NAME, MAX_JSON_BYTES
+    from mlx_llama_convert.output import MANIFEST_NAME
 
     try:
         return load_json(made / MANIFEST_NAME, max_bytes=MAX_JSON_BYTES)

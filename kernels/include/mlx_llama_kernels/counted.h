@@ -141,7 +141,7 @@ struct Counted {
         else for (size_t i = 0; i < n; ++i) row[i] = 0;
         for (size_t i = 0; i < n; i += a.group) {
           size_t at = (start + i) / a.group * MR + r;
-          units[at] = digits::count_coarsely(row + i, a.group, LARGEST, totals + at);
+          units[at] = digits::count_within(row + i, a.group, LARGEST, totals + at);
         }
       }
       for (size_t k = 0; k < n; k += 32) {

@@ -169,7 +169,7 @@ static inline float count(const float* values, size_t n, int32_t* whole, float* 
 
 // The same with whole numbers of at most `most`, in place, as bits, and a unit that need not be a
 // power of two. `total` is the sum of what the whole numbers stand for.
-static inline float count_coarsely(float* values, size_t n, float most, float* total) {
+static inline float count_within(float* values, size_t n, float most, float* total) {
   F largest = {}, finite = {};
   for (size_t i = 0; i < n; i += W) {
     F value = load(values + i);
@@ -215,7 +215,7 @@ static inline void prepare(const Matrix& a, const Rows& x, float* memory) {
         widen_row(x.type, x.data, m * x.n + start, values, n);
         for (size_t i = 0, g = start / a.group; i < n; i += a.group, ++g) {
           if constexpr (L::DIGITS == 1) {
-            p.units[g] = count_coarsely(values + i, a.group, 127, p.sums + g);
+            p.units[g] = count_within(values + i, a.group, 127, p.sums + g);
             __builtin_memcpy(whole + i, values + i, a.group * sizeof(float));
           } else {
             p.units[g] = count(values + i, a.group, whole + i, p.sums + g);

@@ -141,7 +141,7 @@ def test_file_for_all_models_and_places_is_passed_over_where_it_cannot_be(tmp_pa
 
 def test_what_a_model_refuses_is_passed_over_where_the_file_alone_asks(tmp_path: Path) -> None:
     file = read_config(config(tmp_path, 'activations = "int8"\nkv_bits = 32\ncontext = 64'))
-    refused = OptionError("--activations int8: for no matrix of this model")
+    refused = OptionError("--activations int8: no activations of this model are rounded")
     settings = Settings(config=file)
     assert settings.pass_over(refused) == "activations"
     assert settings.find("activations").source == "default"
