@@ -8,7 +8,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_llama import ops, row_ops
+from mlx_llama import ops
 from mlx_llama.config import QuantFormat
 
 
@@ -35,6 +35,11 @@ class Dense:
     weight: mx.array
     dtype: mx.Dtype | None = None  # of the rows, where it is not the weight's
 
+    @property
+    def row_dtype(self) -> mx.Dtype:
+        """The dtype of looked up rows."""
+        return self.dtype or self.weight.dtype
+
     def __call__(self, x: mx.array) -> mx.array:
         """Return x times the transposed matrix: (..., out)."""
         return ops.linear(x, self.weight)
@@ -58,6 +63,11 @@ class Packed:
     biases: mx.array | None
     form: QuantFormat
     dtype: mx.Dtype | None = None  # of the rows; scales of the mx modes carry none
+
+    @property
+    def row_dtype(self) -> mx.Dtype:
+        """The dtype of looked up rows."""
+        return self.dtype or self.scales.dtype
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return x times the transposed matrix: (..., out)."""
@@ -116,13 +126,3 @@ def stack_rows(parts: Sequence[Matrix]) -> Matrix:
 
 def _joined(arrays: list[mx.array]) -> mx.array:
     return arrays[0] if len(arrays) == 1 else ops.join_rows(arrays)
-
-
-def held(matrix: Matrix) -> row_ops.Held | None:
-    """Return a matrix as the native kernels take it; None where they do not."""
-    match matrix:
-        case Dense():
-            return row_ops.held(matrix.arrays(), None)
-        case Packed():
-            return row_ops.held(matrix.arrays(), matrix.form)
-    return None

@@ -8,28 +8,20 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 
-from mlx_llama import ops, row_ops
+from mlx_llama import ops
 from mlx_llama.cache import Cache, NoCache
 from mlx_llama.config import ModelConfig
-from mlx_llama.linear import Matrix, held
+from mlx_llama.linear import Matrix
 from mlx_llama.options import FLOAT32
 from mlx_llama.rope import rope_periods
+from mlx_llama.token_pass import TokenPass, token_pass
 
 LAST = slice(-1, None)  # the newest position alone
-
-
-class HeldMatrices(NamedTuple):
-    """A layer's matrices as the native kernels take them; None where they do not."""
-
-    wqkv: row_ops.Held | None
-    wo: row_ops.Held | None
-    w13: row_ops.Held | None
-    w2: row_ops.Held | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +34,6 @@ class Block:
     ffn_norm: mx.array
     w13: Matrix
     w2: Matrix
-    held: HeldMatrices = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        """Make once what every token would make anew."""
-        matrices = (self.wqkv, self.wo, self.w13, self.w2)
-        object.__setattr__(self, "held", HeldMatrices(*map(held, matrices)))
 
     def arrays(self) -> list[mx.array]:
         """Return what is held in memory."""
@@ -97,6 +83,10 @@ class LlamaModel:
 
         positions: which of the L tokens to give logits for; None gives all.
         """
+        if tokens.shape == (1, 1) and (positions is None or positions is LAST):
+            logits = None if cache is None else self._pass_token(tokens, cache)
+            if logits is not None:
+                return logits
         return self.logits(self.hidden(tokens, cache, positions=positions))
 
     def hidden(
@@ -138,6 +128,30 @@ class LlamaModel:
             yield h
         cache.advance(n_tokens)
 
+    def _pass_token(self, token: mx.array, cache: Cache) -> mx.array | None:
+        """Return logits (1, 1, V) for one token (1, 1), in one operation; None where none can."""
+        if ops.kernels() is None or not cache.has_slots or (whole := self._token_pass) is None:
+            return None
+        cache.begin(1)
+        logits, keys, values = whole(
+            token, cache.slots(), cache.position, activations=self.activations
+        )
+        cache.fill_slots(keys, values)
+        cache.advance(1)
+        return logits
+
+    @cached_property
+    def _token_pass(self) -> TokenPass | None:
+        return token_pass(
+            self.config,
+            embeddings=self.tok_embeddings,
+            layers=[(b.attention_norm, b.wqkv, b.wo, b.ffn_norm, b.w13, b.w2) for b in self.blocks],
+            norm=self.norm,
+            output=self.output,
+            periods=self._periods,
+            scale=self._scale,
+        )
+
     def through(self, block: Block, h: mx.array) -> mx.array:
         """Return the residual stream h (B, L, dim) of whole texts behind one block."""
         ops.use_activations(self.activations)
@@ -160,47 +174,29 @@ class LlamaModel:
         positions: slice | mx.array | None,
     ) -> mx.array:
         """Return the residual stream h behind a block's attention, of the asked positions alone."""
-        turned, k, v = self._heads(block, h, cache.position)
-        n_heads = self.config.n_heads
+        q, k, v = self._heads(block, h, cache.position)
         view = cache.append(layer, k, v)
         if positions is LAST:  # the newest query sees everything
-            if h.shape[1] > 1:
-                turned, h = turned[:, :, LAST], h[:, LAST]
-            positions = None
-        if positions is None:
-            whole = row_ops.attended(h, turned, n_heads, view, self._scale, block.held.wo)
-            if whole is not None:
-                return whole
-        q = turned[:, :n_heads]
+            q, h, positions = q[:, :, LAST], h[:, LAST], None
         out = ops.attention(q, view, scale=self._scale).transpose(0, 2, 1, 3)
         if positions is not None:
             out, h = out[:, positions], h[:, positions]
         return h + block.wo(out.reshape(*out.shape[:2], -1))
 
     def _heads(self, block: Block, h: mx.array, offset: int) -> tuple[mx.array, mx.array, mx.array]:
-        """Return heads (B, H or more, L, D), the queries first; keys and values (B, K, L, D).
-
-        Queries and keys are rotated.
-        """
+        """Return queries (B, H, L, D), keys and values (B, K, L, D), rotated but for the values."""
         config, batch, n_tokens = self.config, h.shape[0], h.shape[1]
         n_heads, n_turned = config.n_heads, config.n_heads + config.n_kv_heads
-        norm = block.attention_norm, config.norm_eps
-        whole = row_ops.turned_heads(h, norm, block.held.wqkv, self._periods, offset, n_turned)
-        if whole is not None:
-            return whole, whole[:, n_heads:n_turned], whole[:, n_turned:]
-        x = block.wqkv(ops.rms_norm(h, *norm))
+        x = block.wqkv(ops.rms_norm(h, block.attention_norm, config.norm_eps))
         x = x.reshape(batch, n_tokens, n_turned + config.n_kv_heads, -1).transpose(0, 2, 1, 3)
         # q and k turn by the same angles, so one call turns both: (B, H + K, L, D).
         turned = ops.rotate(x[:, :n_turned], self._periods, offset)
-        return turned, turned[:, n_heads:], x[:, n_turned:]
+        return turned[:, :n_heads], turned[:, n_heads:], x[:, n_turned:]
 
     def _feed_forward(self, block: Block, h: mx.array) -> mx.array:
         """Return the residual stream h behind a block's feed-forward layer."""
-        norm = block.ffn_norm, self.config.norm_eps
-        whole = row_ops.feed_forward(h, norm, block.held.w13, block.held.w2)
-        if whole is not None:
-            return whole
-        return h + block.w2(ops.swiglu(block.w13(ops.rms_norm(h, *norm))))
+        x = ops.rms_norm(h, block.ffn_norm, self.config.norm_eps)
+        return h + block.w2(ops.swiglu(block.w13(x)))
 
     def arrays(self) -> list[mx.array]:
         """Return every weight held in memory, a tied output once."""

@@ -6,7 +6,6 @@ Owns finding them, and saying what is missing. `ops.py` decides when they are us
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -16,7 +15,7 @@ import mlx.core as mx
 from mlx_llama.cache.view import View
 from mlx_llama.config import QuantFormat
 
-INTERFACE = 6  # of the extension: one that was built of older sources is refused
+INTERFACE = 7  # of the extension: one that was built of older sources is refused
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)
@@ -79,6 +78,11 @@ def _limits() -> Any:
     return ours
 
 
+def most_groups() -> int:
+    """Return how many groups a packed row may have."""
+    return _limits().MOST_GROUPS
+
+
 def takes_bytes(form: QuantFormat) -> bool:
     """Whether the kernels can round activations to 8 bits for matrices of a format."""
     if (ours := kernels()) is None or not takes_format(form):
@@ -90,7 +94,7 @@ def takes_product(x: mx.array, scales: mx.array, form: QuantFormat) -> bool:
     """Whether the kernels multiply x by a matrix of this format and these scales."""
     return (
         takes_format(form)
-        and x.shape[-1] <= _limits().MOST_GROUPS * form.group_size
+        and x.shape[-1] <= most_groups() * form.group_size
         and (x.dtype == mx.float32 or x.dtype == scales.dtype)
     )
 
@@ -124,27 +128,3 @@ def takes_view(q: mx.array, view: View) -> bool:
         and len(set(stored)) == 1
         and all(array.dtype in FLOATS for array in floats)
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A matrix as the kernels take it: its arrays; group_size and bits are 0 where it is dense."""
-
-    arrays: list[mx.array]
-    group_size: int = 0
-    bits: int = 0
-
-
-def held(arrays: list[mx.array], form: QuantFormat | None) -> Held | None:
-    """Return a matrix of these arrays as the kernels take it; None where they do not."""
-    if kernels() is None:
-        return None
-    if form is None:
-        return Held(arrays) if arrays[0].dtype in FLOATS else None
-    fits = takes_format(form) and arrays[-1].shape[-1] <= _limits().MOST_GROUPS
-    return Held(arrays, form.group_size, form.bits) if fits else None
-
-
-def takes_row(h: mx.array) -> bool:
-    """Whether the kernels take h (B, L, dim) through a block in three operations: one token."""
-    return h.dtype == mx.float32 and h.shape[:2] == (1, 1)

@@ -16,16 +16,15 @@ if mx.__version__ != MLX_VERSION:
         "build it again (make kernels)"
     )
 
-INTERFACE = 6  # grows whenever a function is added or takes something else; mlx_llama asks for it
+INTERFACE = 7  # grows whenever a function is added or takes something else; mlx_llama asks for it
 
 from mlx_llama_kernels._kernels import (
     MOST_GROUPS,
     MOST_HEAD_DIM,
+    TokenPass,
     append,
-    attended,
     attention,
     dequantize,
-    feed_forward,
     file_array,
     instructions,
     join_rows,
@@ -38,7 +37,6 @@ from mlx_llama_kernels._kernels import (
     rotate,
     swiglu,
     threads,
-    turned_heads,
     use_byte_activations,
     use_instructions,
     use_threads,
@@ -49,11 +47,10 @@ __all__ = [
     "MLX_VERSION",
     "MOST_GROUPS",
     "MOST_HEAD_DIM",
+    "TokenPass",
     "append",
-    "attended",
     "attention",
     "dequantize",
-    "feed_forward",
     "file_array",
     "instructions",
     "join_rows",
@@ -66,7 +63,6 @@ __all__ = [
     "rotate",
     "swiglu",
     "threads",
-    "turned_heads",
     "use_byte_activations",
     "use_instructions",
     "use_threads",

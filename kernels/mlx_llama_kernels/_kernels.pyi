@@ -5,6 +5,36 @@ import mlx.core as mx
 MOST_GROUPS: int  # of a packed row
 MOST_HEAD_DIM: int
 
+_Packed = tuple[Sequence[mx.array], int, int]
+_Side = Sequence[_Packed]
+_Layer = tuple[mx.array, _Side, _Side, mx.array, _Side, _Side]
+
+class TokenPass:
+    def __init__(
+        self,
+        embeddings: _Packed,
+        layers: Sequence[_Layer],
+        norm: mx.array,
+        output: _Side,
+        periods: mx.array,
+        n_heads: int,
+        n_kv_heads: int,
+        eps: float,
+        scale: float,
+    ) -> None: ...
+    def __call__(
+        self,
+        token: mx.array,
+        keys: Sequence[Sequence[mx.array]],
+        values: Sequence[Sequence[mx.array]],
+        row: int,
+        n_rows: int,
+        position: int,
+        sight: mx.array | None,
+        is_own: bool,
+        is_coarse: bool,
+    ) -> tuple[mx.array, list[list[mx.array]], list[list[mx.array]]]: ...
+
 def quantized_matmul(
     x: mx.array,
     weight: mx.array,
@@ -26,39 +56,6 @@ def attention(
     rows: Sequence[int],
     scale: float,
     sight: mx.array | None = None,
-) -> mx.array: ...
-def turned_heads(
-    h: mx.array,
-    norm: mx.array,
-    eps: float,
-    wqkv: Sequence[mx.array],
-    group_size: int,
-    bits: int,
-    periods: mx.array,
-    offset: int,
-    n_turned: int,
-) -> mx.array: ...
-def attended(
-    h: mx.array,
-    q: mx.array,
-    heads: int,
-    keys: Sequence[Sequence[mx.array]],
-    values: Sequence[Sequence[mx.array]],
-    rows: Sequence[int],
-    scale: float,
-    sight: mx.array | None,
-    wo: Sequence[mx.array],
-    group_size: int,
-    bits: int,
-) -> mx.array: ...
-def feed_forward(
-    h: mx.array,
-    norm: mx.array,
-    eps: float,
-    w13: Sequence[mx.array],
-    w2: Sequence[mx.array],
-    group_size: int,
-    bits: int,
 ) -> mx.array: ...
 def quantize(x: mx.array, *, group_size: int, bits: int) -> list[mx.array]: ...
 def dequantize(

@@ -1,10 +1,12 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "operations.h"
 #include "primitives.h"
+#include "token_pass.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -30,14 +32,20 @@ NB_MODULE(_kernels, m) {
         "The last m rows of q (B, H, m, D) over the first rows[i] of each part i of keys and values, which\n"
         "are [(B, K, S, D)] or packed [words, scales, biases]. sight (2, sum of rows) int32: the first and\n"
         "the last of the m that see a row; without it each sees the rows up to its own.");
-  m.def("turned_heads", &mlk::graph::turned_heads, "h"_a, "norm"_a, "eps"_a, "wqkv"_a, "group_size"_a,
-        "bits"_a, "periods"_a, "offset"_a, "n_turned"_a,
-        "One token's heads (1, heads, 1, D): the normed h (1, 1, dim) times wqkv, the first n_turned rotated.");
-  m.def("attended", &mlk::graph::attended, "h"_a, "q"_a, "heads"_a, "keys"_a,
-        "values"_a, "rows"_a, "scale"_a, "sight"_a.none(), "wo"_a, "group_size"_a, "bits"_a,
-        "h plus wo times what attention of the first heads of one token's q (1, H, 1, D) gives.");
-  m.def("feed_forward", &mlk::graph::feed_forward, "h"_a, "norm"_a, "eps"_a, "w13"_a, "w2"_a,
-        "group_size"_a, "bits"_a, "h plus w2 times the gated w13 times the normed h (1, 1, dim).");
+  nb::class_<mlk::graph::TokenPass>(
+      m, "TokenPass",
+      "One token's way through a model whose activations are float32, in one operation.")
+      .def(nb::init<const mlk::graph::Packed&, const std::vector<mlk::graph::Layer>&, const mlk::graph::mx::array&,
+                    const std::vector<mlk::graph::Packed>&, const mlk::graph::mx::array&, int, int, float, float>(),
+           "embeddings"_a, "layers"_a, "norm"_a, "output"_a, "periods"_a, "n_heads"_a, "n_kv_heads"_a, "eps"_a,
+           "scale"_a,
+           "Matrices are (arrays, group_size, bits), 0 where dense, those of one input in a list. Layers are\n"
+           "(attention_norm, wqkv, wo, ffn_norm, w13, w2). Evaluates them.")
+      .def("__call__", &mlk::graph::TokenPass::operator(), "token"_a, "keys"_a, "values"_a, "row"_a, "n_rows"_a,
+           "position"_a, "sight"_a.none(), "is_own"_a, "is_coarse"_a,
+           "Logits (1, 1, V) of what follows a token (1, 1) uint32, and each layer's keys and values\n"
+           "[(1, K, S, D)], or packed, with its own in `row`. It sees the first n_rows, or of these what\n"
+           "sight (2, n_rows) says. is_own: nobody else holds the buffers; they are written in place.");
   m.def("quantize", &mlk::graph::quantize, "x"_a, nb::kw_only(), "group_size"_a, "bits"_a,
         "x (..., in) packed: [words (..., in * bits / 32), scales, biases (..., in / group_size)], the bits\n"
         "of mx.quantize on a CPU.");

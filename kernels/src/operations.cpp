@@ -4,7 +4,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -201,45 +200,6 @@ void dequantize(Pool& pool, const Table& table, const Matrix& a, void* y) {
   pool.each(groups, rows_at_once(a.group), [&](size_t first, size_t last, size_t) {
     table.dequantize(a, y, first, last);
   });
-}
-
-namespace {
-
-std::unique_ptr<float[]> floats(size_t n) { return std::make_unique_for_overwrite<float[]>(n); }
-
-void add(const float* h, size_t n, float* y) {
-  for (size_t i = 0; i < n; ++i) y[i] += h[i];
-}
-
-}  // namespace
-
-void normed_product(Pool& pool, const Table& table, const Rows& h, const Norm& norm, const Matrix& a,
-                    float* y) {
-  auto held = pool.lock();  // between two jobs nobody else's begins
-  auto normed = floats(h.m * h.n);
-  rms_norm(pool, table, h, norm.weight, norm.type, norm.eps, normed.get());
-  matrix_product(pool, table, a, {normed.get(), Type::f32, h.m, h.n}, y);
-}
-
-void feed_forward(Pool& pool, const Table& table, const Rows& h, const Norm& norm, const Matrix& w13,
-                  const Matrix& w2, float* y) {
-  auto held = pool.lock();
-  auto gates = floats(h.m * w13.rows), gated = floats(h.m * w2.columns);
-  normed_product(pool, table, h, norm, w13, gates.get());
-  swiglu(pool, table, {gates.get(), Type::f32, h.m, w13.rows}, gated.get());
-  matrix_product(pool, table, w2, {gated.get(), Type::f32, h.m, w2.columns}, y);
-  add(static_cast<const float*>(h.data), h.m * h.n, y);
-}
-
-void attended_product(Pool& pool, const Table& table, Attention a, const Matrix& wo, const float* h,
-                      float* y) {
-  auto held = pool.lock();
-  size_t m = a.q.batch * a.q.m;
-  auto out = floats(m * wo.columns);
-  a.out = out.get();
-  attention(pool, table, a);
-  matrix_product(pool, table, wo, {out.get(), Type::f32, m, wo.columns}, y);
-  add(h, m * wo.rows, y);
 }
 
 }  // namespace mlk

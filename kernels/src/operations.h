@@ -22,18 +22,4 @@ void attention(Pool&, const Table&, const Attention&);
 void quantize(Pool&, const Table&, const Groups&, const PackedGroups&);
 void dequantize(Pool&, const Table&, const Matrix&, void* y);
 
-// One row of float32 through what lies between two products, without a pause: at most few_rows.
-struct Norm {
-  const void* weight;
-  Type type;
-  float eps;
-};
-// y = the matrix times the normed row h.
-void normed_product(Pool&, const Table&, const Rows& h, const Norm&, const Matrix&, float* y);
-// y = h + w2 times the gated w13 times the normed h.
-void feed_forward(Pool&, const Table&, const Rows& h, const Norm&, const Matrix& w13, const Matrix& w2,
-                  float* y);
-// y = h + the matrix times what attention gives; h as long as the matrix has rows, a.out unused.
-void attended_product(Pool&, const Table&, Attention a, const Matrix&, const float* h, float* y);
-
 }  // namespace mlk

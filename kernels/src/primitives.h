@@ -37,18 +37,6 @@ mx::array attention(const mx::array& q, const std::vector<Arrays>& keys,
                     const std::vector<Arrays>& values, const std::vector<int>& rows, float scale,
                     const std::optional<mx::array>& sight);
 
-// One token's way through a block in three operations: rows of float32, batches of one.
-// A matrix comes with the size of its groups and its bits, 0 where it is not packed.
-// The normed h (1, 1, dim) times wqkv, as heads (1, heads, 1, head_dim), the first n_turned rotated.
-mx::array turned_heads(const mx::array& h, const mx::array& norm, float eps, const Arrays& wqkv,
-                       int group_size, int bits, const mx::array& periods, int offset, int n_turned);
-// h plus wo times what attention of the first heads of q (1, heads or more, 1, head_dim) gives.
-mx::array attended(const mx::array& h, const mx::array& q, int heads, const std::vector<Arrays>& keys,
-                   const std::vector<Arrays>& values, const std::vector<int>& rows, float scale,
-                   const std::optional<mx::array>& sight, const Arrays& wo, int group_size, int bits);
-// h plus w2 times the gated w13 times the normed h.
-mx::array feed_forward(const mx::array& h, const mx::array& norm, float eps, const Arrays& w13,
-                       const Arrays& w2, int group_size, int bits);
 // x (..., in) packed to words (..., in * bits / 32), scales and biases (..., in / group_size), and back:
 // the bits of MLX's own operations on a CPU.
 std::vector<mx::array> quantize(const mx::array& x, int group_size, int bits);

@@ -26,7 +26,7 @@ int main(int argc, char** argv) {
         check_rotation(pool, chosen());
         check_append(pool, chosen());
         check_attention(pool, chosen());
-        check_joined(pool, chosen());
+        check_token(pool, chosen());
         check_packing(pool, chosen());
       }
       for (float bad : {std::nanf(""), HUGE_VALF, -HUGE_VALF}) check_not_finite(pool, chosen(), bad);

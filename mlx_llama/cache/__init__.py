@@ -2,8 +2,8 @@
 how it is stored, `view` what attention reads, `file` how it is kept on disk."""
 
 from mlx_llama.cache.file import load_cache, save_cache
-from mlx_llama.cache.kv import Cache, KVCache, NoCache
+from mlx_llama.cache.kv import Cache, KVCache, NoCache, Slots
 from mlx_llama.cache.rows import KVBits
 from mlx_llama.cache.view import View
 
-__all__ = ["Cache", "KVBits", "KVCache", "NoCache", "View", "load_cache", "save_cache"]
+__all__ = ["Cache", "KVBits", "KVCache", "NoCache", "Slots", "View", "load_cache", "save_cache"]

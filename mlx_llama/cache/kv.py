@@ -10,8 +10,9 @@ that it can be left at any of them and gone on with.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import mlx.core as mx
@@ -26,6 +27,24 @@ UNPACKED = KVBits()
 STEP = 256  # tokens; buffers grow and shrink by multiples of it
 TURN_ROWS = 1024  # keys that are turned back at once, in float32
 SLACK = 4  # a buffer that is this many times too long is given back
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Where a pass of one token finds and leaves keys and values, in all layers at once.
+
+    keys, values: the arrays of each layer's buffers, as `Stored` has them. row: the one that the
+    token takes. n_rows: how many it may see, the first ones, or of these what `sight` (2, n_rows)
+    says. is_own: nobody else holds the buffers, and what was queued before reads no row that is
+    written.
+    """
+
+    keys: list[list[mx.array]]
+    values: list[list[mx.array]]
+    row: int
+    n_rows: int
+    sight: mx.array | None
+    is_own: bool
 
 
 class Cache(Protocol):
@@ -44,6 +63,19 @@ class Cache(Protocol):
         """Store k, v (B, K, L, D) of one layer; return what their queries may see."""
         ...
 
+    @property
+    def has_slots(self) -> bool:
+        """Whether `slots` can be asked for, once a pass of one token has begun."""
+        ...
+
+    def slots(self) -> Slots:
+        """Return what a pass of one token finds, instead of `append` for each layer."""
+        ...
+
+    def fill_slots(self, keys: list[list[mx.array]], values: list[list[mx.array]]) -> None:
+        """Take the buffers that such a pass leaves, of which nobody else holds any."""
+        ...
+
     def advance(self, n_tokens: int) -> None:
         """Count the tokens that every layer has stored."""
         ...
@@ -53,6 +85,7 @@ class NoCache:
     """One pass over a whole sequence: nothing is kept."""
 
     position = 0
+    has_slots = False
 
     def __init__(self) -> None:
         self._sight = Sight(0, 0)
@@ -65,6 +98,14 @@ class NoCache:
         """Show k and v as they are."""
         del layer
         return View(((Stored((k,)), Stored((v,))),), self._sight)
+
+    def slots(self) -> Slots:
+        """Not to be asked for, as `has_slots` says."""
+        raise ValueError("no cache has no slots")
+
+    def fill_slots(self, keys: list[list[mx.array]], values: list[list[mx.array]]) -> None:
+        """Not to be asked for, as `has_slots` says."""
+        raise ValueError("no cache has no slots")
 
     def advance(self, n_tokens: int) -> None:
         """Do nothing."""
@@ -109,6 +150,7 @@ class KVCache:
         self._pending: dict[int, tuple[Stored, Stored]] = {}  # a pass's rows, kept until it is over
         self._sight = Sight(0, 0)
         self._is_straight = True  # whether the pass's rows simply follow those before it
+        self._own: list[mx.array] | None = None  # the buffers, where nobody else holds them
 
     # --- what it holds ---------------------------------------------------------------------------
 
@@ -222,6 +264,29 @@ class KVCache:
             return View((new,), self._sight)
         return View(((rows.keys, rows.values), new), self._sight, (n_held, n_tokens))
 
+    @property
+    def has_slots(self) -> bool:
+        """Whether each layer has buffers, and keys and values are stored by heads that fit."""
+        return self.offset > 0
+
+    def slots(self) -> Slots:
+        """Return what a pass of one token finds, instead of `append` for each layer."""
+        window, keys, values = self.window, list[list[mx.array]](), list[list[mx.array]]()
+        for layer in self._layers:
+            stored = layer.grown(self._rows)
+            keys.append(list(stored[0].arrays))
+            values.append(list(stored[1].arrays))
+        own = self._own
+        is_own = own is not None and all(map(operator.is_, own, self.arrays))
+        n_rows = window.offset + 1 if self._is_straight else self.capacity
+        return Slots(keys, values, window.row(window.offset), n_rows, self._sight.bounds(1), is_own)
+
+    def fill_slots(self, keys: list[list[mx.array]], values: list[list[mx.array]]) -> None:
+        """Take the buffers that such a pass leaves, of which nobody else holds any."""
+        for layer, k, v in zip(self._layers, keys, values, strict=True):
+            layer.take(k, v)
+        self._own = self.arrays
+
     def advance(self, n_tokens: int) -> None:
         """Count the tokens that every layer has stored."""
         start = self.offset
@@ -309,6 +374,7 @@ class KVCache:
 
     def fork(self) -> KVCache:
         """Return a cache with the same contents; what either side writes to is copied then."""
+        self._own = None
         other = copy.copy(self)
         other.window = copy.copy(self.window)
         other._layers = [layer.fork() for layer in self._layers]
@@ -318,6 +384,7 @@ class KVCache:
     def layers(self) -> list[Layer]:
         """Return the rows that hold tokens, of every layer; none of an empty cache."""
         self._finish_upkeep()
+        self._own = None
         return [layer.rows(self.window.n_rows) for layer in self._layers] if self.offset else []
 
     def take_up(self, window: Window, layers: list[Layer], *, is_packed: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import mlx.core as mx
@@ -202,11 +202,23 @@ class Layer:
         """Put rows in place, in buffers of n_rows at least, which are returned."""
         if self.keys is None or self.values is None:
             self.keys, self.values = keys.blank(n_rows, storage), values.blank(n_rows, storage)
-        elif self.keys.n_rows < n_rows:
-            self.keys, self.values = self.keys.resized(n_rows), self.values.resized(n_rows)
+        self.grown(n_rows)
         self.keys = self.keys.with_rows(row, keys, storage)
         self.values = self.values.with_rows(row, values, storage)
         return self.keys, self.values
+
+    def grown(self, n_rows: int) -> tuple[Stored, Stored]:
+        """Return the buffers, of n_rows at least; there must be some."""
+        assert self.keys is not None and self.values is not None
+        if self.keys.n_rows < n_rows:
+            self.keys, self.values = self.keys.resized(n_rows), self.values.resized(n_rows)
+        return self.keys, self.values
+
+    def take(self, keys: list[mx.array], values: list[mx.array]) -> None:
+        """Hold these arrays, stored as those before."""
+        assert self.keys is not None and self.values is not None
+        self.keys = replace(self.keys, arrays=tuple(keys))
+        self.values = replace(self.values, arrays=tuple(values))
 
     def shrink(self, n_rows: int) -> None:
         """Keep the first n_rows alone."""

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -58,14 +59,20 @@ def test_stubs_name_what_there_is() -> None:
     import mlx_llama_kernels
 
     stubs = Path(mlx_llama_kernels.__file__).with_name("_kernels.pyi").read_text(encoding="utf-8")
-    told = {
-        node.name: [a.arg for a in (*node.args.args, *node.args.kwonlyargs)]
-        for node in ast.parse(stubs).body
-        if isinstance(node, ast.FunctionDef)
-    }
-    functions = [n for n in mlx_llama_kernels.__all__ if callable(getattr(mlx_llama_kernels, n))]
-    assert sorted(told) == sorted(functions)
-    for name, names in told.items():
-        signature = (getattr(mlx_llama_kernels, name).__doc__ or "").partition("\n")[0]
-        found = re.findall(r"(\w+): ", signature)
-        assert found == names, signature
+    told = {}
+    for node in ast.parse(stubs).body:
+        if isinstance(node, ast.FunctionDef):
+            told[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            told |= {f"{node.name}.{method.name}": method for method in methods}
+    public = [getattr(mlx_llama_kernels, name) for name in mlx_llama_kernels.__all__]
+    classes = {thing.__name__ for thing in public if isinstance(thing, type)}
+    functions = {thing.__name__ for thing in public if callable(thing)} - classes
+    assert {name for name in told if "." not in name} == functions
+    assert {name.partition(".")[0] for name in told if "." in name} == classes
+    for name, node in told.items():
+        documented = attrgetter(name)(mlx_llama_kernels).__doc__ or ""
+        signature = documented.partition("\n")[0]
+        names = [a.arg for a in (*node.args.args, *node.args.kwonlyargs) if a.arg != "self"]
+        assert re.findall(r"(\w+): ", signature) == names, signature

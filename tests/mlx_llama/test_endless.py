@@ -17,10 +17,11 @@ import pytest
 import mlx_llama
 from cache_oracle import CacheOracle
 from induction import read
-from mlx_llama import ops, row_ops
-from mlx_llama.cache import KVCache
+from mlx_llama import ops
+from mlx_llama.cache import KVCache, Slots
 from mlx_llama.config import config_from_hf
 from mlx_llama.model import LlamaModel
+from mlx_llama.token_pass import TokenPass
 from mlx_llama.weights import build_model
 from model_folders import arrays_of
 from numpy_llama import Attend, llama_logits
@@ -41,22 +42,20 @@ FAR_TOLERANCE = 5e-3
 def spans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Collect the first and last position of all that is rotated."""
     found: list[tuple[int, int]] = []
-    rotate, turned_heads = ops.rotate, row_ops.turned_heads
+    rotate, pass_token = ops.rotate, TokenPass.__call__
 
     def noting(x: mx.array, periods: mx.array, offset: int) -> mx.array:
         found.append((offset, offset + x.shape[2] - 1))
         return rotate(x, periods, offset)
 
     def noting_one(
-        h: mx.array, norm: Any, wqkv: Any, periods: mx.array, offset: int, n_turned: int
-    ) -> mx.array | None:
-        turned = turned_heads(h, norm, wqkv, periods, offset, n_turned)
-        if turned is not None:
-            found.append((offset, offset))
-        return turned
+        whole: TokenPass, token: mx.array, slots: Slots, position: int, **how: Any
+    ) -> Any:
+        found.extend([(position, position)] * len(slots.keys))
+        return pass_token(whole, token, slots, position, **how)
 
     monkeypatch.setattr(ops, "rotate", noting)
-    monkeypatch.setattr(row_ops, "turned_heads", noting_one)
+    monkeypatch.setattr(TokenPass, "__call__", noting_one)
     return found
 
 

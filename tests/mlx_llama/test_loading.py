@@ -191,6 +191,7 @@ def likely(llama: Llama, monkeypatch: pytest.MonkeyPatch, *tokens: int) -> None:
         return mx.broadcast_to(row, (*hidden.shape[:-1], row.size))
 
     monkeypatch.setattr(LlamaModel, "logits", logits)
+    monkeypatch.setattr(LlamaModel, "_pass_token", lambda *_: None)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
