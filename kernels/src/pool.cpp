@@ -107,6 +107,7 @@ void Pool::resize(size_t threads) {
   stop();
   threads_ = 1;
   scratch_.resize(threads);
+  shares_ = std::make_unique<Share[]>(threads);
   workers_.reserve(threads);
   for (size_t i = 1; i < threads; ++i) {
     auto worker = std::make_unique<Worker>();
@@ -143,7 +144,10 @@ void Pool::run(size_t n, size_t grain, Call call, void* context) {
   n_ = n, grain_ = grain, call_ = call, context_ = context;
   done_.store(0, std::memory_order_relaxed);
   uint32_t job = job_.load(std::memory_order_relaxed) + 1;
-  state_.store(uint64_t(job) << 32 | uint64_t(ranges) << 16, std::memory_order_release);
+  for (size_t i = 0, n = threads(); i < n; ++i) {
+    uint64_t first = ranges * i / n, last = ranges * (i + 1) / n;
+    shares_[i].state.store(uint64_t(job) << 32 | last << 16 | first, std::memory_order_release);
+  }
   job_.store(job, std::memory_order_release);
   job_.notify_all();
   claim(job, 0);
@@ -155,22 +159,30 @@ void Pool::run(size_t n, size_t grain, Call call, void* context) {
 }
 
 void Pool::claim(uint32_t job, size_t thread) {
-  uint64_t state = state_.load(std::memory_order_acquire);
-  while (true) {
-    size_t taken = state & 0xffff, ranges = state >> 16 & 0xffff;
-    if (uint32_t(state >> 32) != job || taken >= ranges) return;
-    if (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) continue;
-    // The job cannot end before this range is done, so what describes it stands still.
-    size_t first = taken * grain_;
-    try {
-      call_(context_, first, std::min(first + grain_, n_), thread);
-    } catch (...) {  // told to the caller when nobody works on the job any more
-      std::lock_guard<std::mutex> held(failing_);
-      if (!error_) error_ = std::current_exception();
+  for (size_t i = 0, n = threads(); i < n; ++i) {
+    std::atomic<uint64_t>& share = shares_[(thread + i) % n].state;
+    uint64_t state = share.load(std::memory_order_acquire);
+    while (true) {
+      size_t next = state & 0xffff, end = state >> 16 & 0xffff;
+      if (uint32_t(state >> 32) != job) return;
+      if (next >= end) break;
+      if (!share.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) continue;
+      // The job cannot end before this range is done, so what describes it stands still.
+      work_on(next, thread);
+      state = share.load(std::memory_order_acquire);
     }
-    done_.fetch_add(1, std::memory_order_acq_rel);
-    state = state_.load(std::memory_order_acquire);
   }
+}
+
+void Pool::work_on(size_t range, size_t thread) {
+  size_t first = range * grain_;
+  try {
+    call_(context_, first, std::min(first + grain_, n_), thread);
+  } catch (...) {  // told to the caller when nobody works on the job any more
+    std::lock_guard<std::mutex> held(failing_);
+    if (!error_) error_ = std::current_exception();
+  }
+  done_.fetch_add(1, std::memory_order_acq_rel);
 }
 
 void Pool::work(size_t thread) {

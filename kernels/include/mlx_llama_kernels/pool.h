@@ -1,13 +1,16 @@
 // Threads that share out the parts of one job at a time.
 //
 // The caller works too, and needs nobody: parts are claimed one by one, so a thread that is not
-// running delays nothing but the part it holds. Idle threads sleep after some microseconds.
+// running delays nothing but the part it holds. Each thread begins with a share of its own, in
+// order, because what it fetches ahead is then what it works on next; who is done helps the others.
+// Idle threads sleep after some microseconds.
 #pragma once
 
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -53,6 +56,7 @@ class Pool {
   void run(size_t n, size_t grain, Call call, void* context);
   void work(size_t thread);
   void claim(uint32_t job, size_t thread);
+  void work_on(size_t range, size_t thread);
   void stop();
 
   struct Worker;
@@ -62,8 +66,11 @@ class Pool {
   std::vector<std::vector<float>> scratch_;
   std::vector<float> common_;
 
-  // A job's number (32 bits), how many ranges it has (16) and how many are taken (16).
-  std::atomic<uint64_t> state_{0};
+  // A thread's share of the job's ranges: the job's number (32 bits), the end (16), the next (16).
+  struct alignas(64) Share {
+    std::atomic<uint64_t> state{0};
+  };
+  std::unique_ptr<Share[]> shares_;
   std::atomic<uint32_t> job_{0};
   std::atomic<uint32_t> done_{0};
   std::atomic<bool> ends_{false};
