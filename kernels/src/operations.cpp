@@ -178,7 +178,8 @@ void attention(Pool& pool, const Table& table, const Attention& a) {
   auto held = pool.lock();
   float* partial = pool.common(table.attention_partial_floats(a));
   size_t work = a.rows * a.q.dim * a.q.heads * a.q.batch * a.q.m / parts;
-  pool.each(parts, rows_at_once(work), [&](size_t first, size_t last, size_t thread) {
+  size_t share = (parts + pool.threads() - 1) / pool.threads();
+  pool.each(parts, std::min(rows_at_once(work), share), [&](size_t first, size_t last, size_t thread) {
     table.attention(a, pool.scratch(thread, table.attention_floats(a)), partial, first, last);
   });
   if (parts == joins) return;

@@ -40,7 +40,7 @@ static inline I dots(I sums, U bytes, U digits) {
 }
 
 // Packed numbers as vectors of bytes: part(raw, i) holds in byte k the number k * PARTS + i. The
-// numbers of one lane share a group. `raw` reads BYTES bytes.
+// numbers of one lane share a group. `raw` reads the first n of BYTES bytes, zero behind them.
 template <int BITS>
 struct Bytes {
   static constexpr int PARTS = 8 / BITS;
@@ -48,7 +48,7 @@ struct Bytes {
   static constexpr int BLOCK = BYTES * PARTS;
   static constexpr uint32_t MASK = ((1u << BITS) - 1) * 0x01010101u;
   static constexpr bool IS_LARGE = BITS == 8;  // sums of three digits would leave 32 bits
-  static inline U raw(const char* from) { return load_bits(from); }
+  static inline U raw(const char* from, size_t n) { return n == BYTES ? load_bits(from) : load_bits(from, n); }
   static inline U part(U raw, int i) { return BITS == 8 ? raw : raw >> (BITS * i) & MASK; }
 };
 
@@ -60,7 +60,7 @@ struct Stream {
   static constexpr int BYTES = BLOCK / 8 * BITS;
   static constexpr bool IS_LARGE = false;
 #if MLK_LANES == 16 && defined(__AVX512VBMI__)
-  static inline U raw(const char* from) { return (U)unpack64<BITS>(from, 64); }
+  static inline U raw(const char* from, size_t n) { return (U)unpack64<BITS>(from, n / BITS * 8); }
 #endif
   static inline U part(U raw, int) { return raw; }
 };
@@ -239,11 +239,11 @@ static inline void row_products(const Matrix& a, const Prepared& x, size_t row, 
   I lanes;
   for (int lane = 0; lane < W; ++lane) lanes[lane] = lane * 4 * L::PARTS / a.group;
   F total[R] = {}, scale[R];
-  auto block = [&](const char* from, size_t stride, size_t b, I lanes) __attribute__((always_inline)) {
+  auto block = [&](const char* from, size_t n, size_t b, I lanes) __attribute__((always_inline)) {
     const char* digits = x.digits + b * L::X_BYTES;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      U raw = L::raw(from + r * stride);
+      U raw = L::raw(from + r * bytes, n);
       auto place = [&](I sums, int which) __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int i = 0; i < L::PARTS; ++i) {
@@ -283,11 +283,9 @@ static inline void row_products(const Matrix& a, const Prepared& x, size_t row, 
       if (b < whole) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) __builtin_prefetch(from + r * bytes + ahead);
-        block(from, bytes, b, at);
+        block(from, L::BYTES, b, at);
       } else {
-        char rest[R][L::BYTES] = {};
-        for (int r = 0; r < R; ++r) __builtin_memcpy(rest[r], from + r * bytes, bytes - b * L::BYTES);
-        block(rest[0], L::BYTES, b, at);
+        block(from, bytes - b * L::BYTES, b, at);
       }
       at = lanes + int((b + 1) * L::BLOCK / a.group - g);
     }

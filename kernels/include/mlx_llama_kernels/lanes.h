@@ -41,6 +41,16 @@ static inline U load_bits(const void* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
+// The first n bytes, a whole vector's at most, zero behind them.
+static inline U load_bits(const void* p, size_t n) {
+#if MLK_LANES == 16
+  return (U)_mm512_maskz_loadu_epi8(n < 64 ? (uint64_t(1) << n) - 1 : ~uint64_t(0), p);
+#else
+  U v = {};
+  __builtin_memcpy(&v, p, n);
+  return v;
+#endif
+}
 static inline void store(float* p, F v) { __builtin_memcpy(p, &v, sizeof v); }
 
 static inline F load(const bf16* p) {
