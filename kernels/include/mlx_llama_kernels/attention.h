@@ -207,16 +207,19 @@ static inline void soften_all(const Attention& a, const Part& p, size_t row, siz
   }
 }
 
-// One strip of the rows of a cache's part: `row` counts all parts' rows, `first` this one's.
+// One strip of the rows of a cache's part: `row` counts all parts' rows, `first` this one's. While
+// keys are worked on the values are asked of the memory, and the next strip's keys meanwhile.
 static inline void attend_strip(const Attention& a, const Shape& s, const Part& p, size_t part,
                                 size_t row, size_t first, size_t n) {
   const Stored &k = a.keys[part], &v = a.values[part];
+  Ahead next_keys(k, p.batch, p.head), own_values(v, p.batch, p.head);
   reading(k, p.batch, p.head, [&](const auto& keys) {
-    direct_scores(keys, k, p.batch, p.head, first, n, p.queries, p.totals, p.rows, s.dim, p.scores);
+    direct_scores(keys, k, p.batch, p.head, first, n, p.queries, p.totals, p.rows, s.dim, own_values,
+                  p.scores);
   });
   soften_all(a, p, row, n, STRIP);
   reading(v, p.batch, p.head, [&](const auto& values) {
-    direct_sums(values, v, p.batch, p.head, first, n, p.scores, p.fades, p.rows, s.dim, p.sums);
+    direct_sums(values, v, p.batch, p.head, first, n, p.scores, p.fades, p.rows, s.dim, next_keys, p.sums);
   });
 }
 

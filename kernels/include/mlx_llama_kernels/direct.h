@@ -51,12 +51,72 @@ static inline void by_few(size_t rows, Fn f) {
   }
 }
 
+// The rows of a head that are asked of the memory while others are worked on.
+struct Ahead {
+  const char* data;
+  ptrdiff_t stride, bytes;
+  size_t rows;
+
+  Ahead(const Stored& x, size_t batch, size_t head)
+      : data(static_cast<const char*>(x.numbers.data) +
+             place(x.numbers, batch, head, 0) * size_of(x.numbers.type)),
+        stride(x.numbers.stride_row * ptrdiff_t(size_of(x.numbers.type))),
+        bytes(ptrdiff_t(x.numbers.dim * size_of(x.numbers.type))),
+        rows(x.numbers.m) {}
+  void ask(size_t row) const {
+    if (row >= rows) return;
+    const char* from = data + ptrdiff_t(row) * stride;
+    for (ptrdiff_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at);
+  }
+};
+
+// C vectors of a stored row.
+template <int C, class Reader>
+static inline void read_vectors(const Reader& rows, size_t row, size_t d, bool is_whole, F* numbers) {
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) numbers[c] = is_whole ? rows.whole(row, d + c * W) : rows.vector(row, d + c * W);
+}
+
+// Calls f with a number of vectors, 4 at most, as a constant, until all up to `end` had their turn.
+template <class Fn>
+static inline void by_vectors(size_t d, size_t end, Fn f) {
+  for (; d + 4 * W <= end; d += 4 * W) f(d, std::integral_constant<int, 4>{});
+  if (d + 2 * W <= end) {
+    f(d, std::integral_constant<int, 2>{});
+    d += 2 * W;
+  }
+  if (d < end) f(d, std::integral_constant<int, 1>{});
+}
+
+// Products of C vectors from number d on: of R queries, whose numbers stand q_dim apart, with W keys
+// from `key` on; behind the last one it is read again. adds: to those before.
+template <int R, int C, class Reader>
+static inline void direct_dots(const Reader& keys, size_t first, size_t key, size_t n, size_t d,
+                               const float* q, size_t q_dim, bool adds, F (*parts)[W]) {
+  F own[R][C];
+  for (int j = 0; j < R; ++j) {
+    for (int c = 0; c < C; ++c) own[j][c] = load(q + j * q_dim + c * W);
+  }
+  bool is_whole = keys.has(d, C * W);
+  for (int i = 0; i < W; ++i) {
+    F numbers[C];
+    read_vectors<C>(keys, first + least(key + i, n - 1), d, is_whole, numbers);
+#pragma GCC unroll 4
+    for (int j = 0; j < R; ++j) {
+      F dots = own[j][0] * numbers[0];
+#pragma GCC unroll 4
+      for (int c = 1; c < C; ++c) dots += own[j][c] * numbers[c];
+      parts[j][i] = adds ? parts[j][i] + dots : dots;
+    }
+  }
+}
+
 // scores (rows, STRIP) of the rows [first, first + n) with the queries (rows, dim), whose numbers
 // stand as the keys' do. totals (rows, groups): sums of a query's numbers.
 template <class Reader>
 static inline void direct_scores(const Reader& keys, const Stored& x, size_t batch, size_t head,
                                  size_t first, size_t n, const float* queries, const float* totals,
-                                 size_t rows, size_t dim, float* scores) {
+                                 size_t rows, size_t dim, const Ahead& ahead, float* scores) {
   size_t groups = groups_of(x), group = Reader::is_packed ? group_of(x) : dim;
   float scales[STRIP], biases[STRIP];
   for (size_t g = 0; g < groups; ++g) {
@@ -66,19 +126,14 @@ static inline void direct_scores(const Reader& keys, const Stored& x, size_t bat
       widen_column(x.biases, batch, head, first, n, g, biases);
     }
     for (size_t key = 0; key < n; key += W) {
+      for (size_t i = key; g == 0 && i < least(key + W, n); ++i) ahead.ask(first + i);
       by_few(rows, [&](size_t r, auto count) __attribute__((always_inline)) {
         constexpr int R = count;
         const float* q = queries + r * dim + g * group;
         F parts[R][W];
-        for (int i = 0; i < W; ++i) {
-          size_t row = first + least(key + i, n - 1);  // behind the last one it is read again
-          F dots[R] = {};
-          for (size_t d = 0; d < group; d += W) {
-            F numbers = keys.vector(row, g * group + d);
-            for (int j = 0; j < R; ++j) dots[j] += load(q + j * dim + d) * numbers;
-          }
-          for (int j = 0; j < R; ++j) parts[j][i] = dots[j];
-        }
+        by_vectors(0, group, [&](size_t d, auto vectors) __attribute__((always_inline)) {
+          direct_dots<R, vectors>(keys, first, key, n, g * group + d, q + d, dim, d > 0, parts);
+        });
         for (int j = 0; j < R; ++j) {
           F score = sums_of(parts[j]);
           float* to = scores + (r + j) * STRIP + key;
@@ -97,11 +152,13 @@ static inline void direct_scores(const Reader& keys, const Stored& x, size_t bat
 template <int R, int C, class Reader>
 static inline void direct_columns(const Reader& values, size_t first, size_t n, size_t d,
                                   const float* weights, const float* shifts, const float* fades,
-                                  size_t dim, float* sums) {
+                                  size_t dim, const Ahead* ahead, float* sums) {
   F total[R][C] = {};
+  bool is_whole = values.has(d, C * W);
   for (size_t key = 0; key < n; ++key) {
+    if (ahead) ahead->ask(first + STRIP + key);
     F numbers[C];
-    for (int c = 0; c < C; ++c) numbers[c] = values.vector(first + key, d + c * W);
+    read_vectors<C>(values, first + key, d, is_whole, numbers);
     for (int j = 0; j < R; ++j) {
       F weight = all(weights[j * STRIP + key]);
       for (int c = 0; c < C; ++c) total[j][c] += weight * numbers[c];
@@ -119,7 +176,7 @@ static inline void direct_columns(const Reader& values, size_t first, size_t n, 
 template <class Reader>
 static inline void direct_sums(const Reader& values, const Stored& x, size_t batch, size_t head,
                                size_t first, size_t n, const float* weights, const float* fades,
-                               size_t rows, size_t dim, float* sums) {
+                               size_t rows, size_t dim, const Ahead& ahead, float* sums) {
   size_t groups = groups_of(x), group = Reader::is_packed ? group_of(x) : dim;
   float scales[STRIP], biases[STRIP], scaled[AT_ONCE * STRIP], shifts[AT_ONCE] = {};
   for (size_t g = 0; g < groups; ++g) {
@@ -143,16 +200,10 @@ static inline void direct_sums(const Reader& values, const Stored& x, size_t bat
         }
         own = scaled;
       }
-      size_t d = g * group, end = d + group;
-      float* to = sums + r * dim;
-      for (; d + 4 * W <= end; d += 4 * W) {
-        direct_columns<R, 4>(values, first, n, d, own, shifts, fades + r, dim, to);
-      }
-      if (d + 2 * W <= end) {
-        direct_columns<R, 2>(values, first, n, d, own, shifts, fades + r, dim, to);
-        d += 2 * W;
-      }
-      if (d < end) direct_columns<R, 1>(values, first, n, d, own, shifts, fades + r, dim, to);
+      by_vectors(g * group, (g + 1) * group, [&](size_t d, auto vectors) __attribute__((always_inline)) {
+        direct_columns<R, vectors>(values, first, n, d, own, shifts, fades + r, dim,
+                                   d || r ? nullptr : &ahead, sums + r * dim);
+      });
     });
   }
 }

@@ -57,10 +57,13 @@ struct StoredNumbers {
         stride(x.numbers.stride_row),
         dim(x.numbers.dim) {}
   static size_t lane_of(size_t d) { return d; }
+  // Whether n numbers from d on are all there.
+  bool has(size_t d, size_t n) const { return d + n <= dim; }
+  F whole(size_t row, size_t d) const { return load_wide(data + ptrdiff_t(row) * stride + d); }
   // The numbers from d on, a whole vector; zero behind the last one.
   F vector(size_t row, size_t d) const {
     const T* from = data + ptrdiff_t(row) * stride + d;
-    if (d + W <= dim) return load_wide(from);
+    if (has(d, W)) return load_wide(from);
     T rest[W] = {};
     if (d < dim) __builtin_memcpy(rest, from, (dim - d) * sizeof(T));
     return load_wide(rest);
@@ -81,6 +84,8 @@ struct PackedNumbers {
     size_t i = d % 16;
     return d - i + (i < 8 ? 2 * i : 2 * (i - 8) + 1);
   }
+  static bool has(size_t, size_t) { return true; }
+  F whole(size_t row, size_t d) const { return vector(row, d); }
   F vector(size_t row, size_t d) const {
     const char* from = data + ptrdiff_t(row) * stride + d * BITS / 8;
 #if MLK_LANES == 16
