@@ -14,6 +14,12 @@ def environment(home: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MLX_LLAMA_HOME": str(home)}
 
 
+def command(*arguments: str | Path) -> list[str]:
+    """Return the installed command, as a process of its own runs it."""
+    code = "from mlx_llama_apps.entry import run_main; run_main()"
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
 def start(code: str, *arguments: str | Path, home: Path) -> subprocess.Popen[str]:
     """Run Python code with arguments, its output in pipes."""
     return subprocess.Popen(

@@ -154,3 +154,10 @@ def test_answer_that_the_context_cut_says_so(
     assert "the answer was cut: the context of 12 tokens is full" in capsys.readouterr().err
     assert main([*asked, "--max-tokens", "4"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_prompt_behind_two_hyphens_is_taken_as_it_is(
+    base_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(base_model), "--max-tokens", "1", "--ignore-eos", "--", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""

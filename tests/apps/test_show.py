@@ -67,3 +67,18 @@ def test_dtype_is_that_of_the_weights_as_load_has_it(
     folder = write_hf(tmp_path / "m", change=lambda _, raw: raw.update(torch_dtype="bfloat16"))
     assert main(["show", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["dtype"] == "float32"
+
+
+def test_show_as_json_has_the_facts(chat_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(chat_model), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kind"] == {"value": "llama3.1-instruct", "reason": "asked for with --kind"}
+    assert facts["prompt_format"] == "llama3.1"
+    assert facts["rope"]["factor"] == 8.0
+    assert facts["context"] == 131072
+    assert [f["name"] for f in facts["source_files"]] == [
+        "consolidated.00.pth",
+        "params.json",
+        "tokenizer.model",
+    ]
+    assert facts["backend"] in ("cpu", "metal", "cuda")
