@@ -20,6 +20,7 @@ from cyclopts import (
     CycloptsError,
     MissingArgumentError,
     Parameter,
+    UnknownCommandError,
     UnusedCliTokensError,
 )
 
@@ -145,7 +146,19 @@ def _without_debug(tokens: list[str]) -> tuple[list[str], bool]:
 def _usage_line(error: CycloptsError, command: str | None) -> str:
     """Say what is wrong with the command line and where to look."""
     where = f"mlx-llama {command} --help" if command else "mlx-llama --help"
-    return f"{_missing(error) or _too_many(error) or str(error).rstrip('. ')}; see {where}"
+    said = _unknown(error) or _missing(error) or _too_many(error) or str(error).rstrip(". ")
+    return f"{said}; see {where}"
+
+
+def _unknown(error: CycloptsError) -> str | None:
+    """Say what may stand in the place of an unknown command: all of them, the nearest first."""
+    if not isinstance(error, UnknownCommandError):
+        return None
+    name = (error.unused_tokens or [""])[0]
+    near = difflib.get_close_matches(name.lower(), COMMANDS, 1)
+    hint = f", did you mean {near[0]}" if near else ""
+    what = "the command comes first, found" if name.startswith("-") else "unknown command"
+    return f"{what} {name!r:.40}{hint}; commands: {', '.join(COMMANDS)}"
 
 
 def _missing(error: CycloptsError) -> str | None:

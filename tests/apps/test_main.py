@@ -16,7 +16,14 @@ from processes import environment
 from tiny_models import write_meta
 
 USAGE = [
-    (["bogus"], 'Unknown command "bogus"'),
+    (
+        ["bogus"],
+        "unknown command 'bogus'; commands: convert, quantize, pull, verify, show, run, "
+        "chat, compare, bench; see mlx-llama --help",
+    ),
+    (["benhc", "BASE"], "unknown command 'benhc', did you mean bench; commands: convert"),
+    (["Show", "BASE"], "unknown command 'Show', did you mean show; commands: convert"),
+    (["--json", "show"], "the command comes first, found '--json'; commands: convert"),
     (["run"], "MODEL is missing: give a model directory"),
     (["show"], "MODEL is missing: give a model directory"),
     (["convert"], "SOURCE is missing: give the folder of a checkpoint"),
