@@ -4,6 +4,8 @@ Every message says what failed, where (path, tensor, option), what was found aga
 expected, and what to do next. Only the command line turns them into exit codes.
 """
 
+GOES_ON = "the same command goes on from there"  # behind what was kept when work was stopped
+
 
 class MlxLlamaError(Exception):
     """The base of every error that this project raises on purpose."""

@@ -41,7 +41,8 @@ def convert(
 ) -> None:
     """Turn a checkpoint into a model directory that mlx-llama, mlx-lm and LM Studio load.
 
-    Progress goes to stderr; the last line on stdout is the directory's path.
+    Progress goes to stderr; the last line on stdout is the directory's path. After Ctrl-C the same
+    command goes on behind the last file that was finished.
 
     Parameters
     ----------

@@ -26,7 +26,7 @@ from cyclopts import (
 
 import mlx_llama
 from mlx_llama import blas
-from mlx_llama.errors import MlxLlamaError, OptionError, is_ctrl_c
+from mlx_llama.errors import GOES_ON, MlxLlamaError, OptionError, is_ctrl_c
 from mlx_llama_apps import bench, chat, compare, convert, pull, quantize, run, show, verify
 from mlx_llama_apps.flags import read_value
 from mlx_llama_apps.terminal import visible
@@ -91,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), EXIT_USAGE, is_debugged)
     except MlxLlamaError as error:
         return _fail(str(error), EXIT_ERROR, is_debugged)
-    except KeyboardInterrupt:
-        return EXIT_CTRL_C
+    except KeyboardInterrupt as error:
+        return _stop(error, is_debugged)
     except BrokenPipeError:
         return _end_unread()
     except SystemExit as error:  # what rich makes of it
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{error.filename or 'output'}: {error.strerror}", EXIT_ERROR, is_debugged)
     except Exception as error:
         if is_ctrl_c(error):
-            return EXIT_CTRL_C
+            return _stop(error, is_debugged)
         line = f"unexpected {type(error).__name__}: {error}; --debug shows where"
         return _fail(line, EXIT_ERROR, is_debugged)
 
@@ -128,6 +128,13 @@ def _end_unread() -> int:
     """End well where who read us has gone (`| head`): Python would complain when it flushes."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _stop(error: BaseException, is_debugged: bool) -> int:
+    """End after Ctrl-C; only what is kept, as the exception's notes have it, is worth a line."""
+    if kept := "; ".join(getattr(error, "__notes__", ())):
+        return _fail(f"stopped; {kept}: {GOES_ON}", EXIT_CTRL_C, is_debugged)
+    return EXIT_CTRL_C
 
 
 def _fail(line: str, code: int, is_debugged: bool) -> int:

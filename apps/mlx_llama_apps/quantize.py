@@ -31,7 +31,8 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint with more care than `convert`, tensor by tensor as you say.
 
-    Progress goes to stderr; the last line on stdout is the directory's path.
+    Progress goes to stderr; the last line on stdout is the directory's path. What is done is kept:
+    after Ctrl-C the same command goes on where it stopped.
 
     Parameters
     ----------

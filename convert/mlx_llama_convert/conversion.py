@@ -36,6 +36,7 @@ from mlx_llama_quantize.calibration import (
     calibration_key,
 )
 from mlx_llama_quantize.certificate import Request, by_layer, certify
+from mlx_llama_quantize.keeping import told_when_stopped
 from mlx_llama_quantize.plots import draw_certificate, draw_sensitivities, drawn
 from mlx_llama_quantize.subject import Subject
 from mlx_llama_quantize.walk_record import forget_stale
@@ -75,6 +76,7 @@ def convert_checkpoint(
     sources, walk = _Sources(plan.source.files), _calibration(plan, calibration)
     job, needed = _job(plan, calibration), disk_bytes(plan.output_bytes)
     with (
+        told_when_stopped("what was learned", walk and walk.folder),
         new_directory(
             target, force=force, needed_bytes=needed, job=job, on_note=on_note
         ) as partial,

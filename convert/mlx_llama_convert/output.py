@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_llama.errors import CheckpointError, OutputError, is_ctrl_c
+from mlx_llama.errors import GOES_ON, CheckpointError, OutputError, is_ctrl_c
 from mlx_llama.strict_json import MAX_JSON_BYTES, load_json
 from mlx_llama_convert.hashing import file_digests
 
@@ -57,7 +57,8 @@ def new_directory(
     when the disk has less. job: what is being made; files that an interrupted run of the same job
     finished are kept, if their digests are right. on_note: told what is kept or thrown away.
     Raises OutputError. After Ctrl-C or a failing disk finished files stay; after any other
-    exception, and when nothing was finished, the folder is removed.
+    exception, and when nothing was finished, the folder is removed. What stays is said in the
+    error, or in a note of the exception.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100 - a last symlink stays one
     partial = Partial(target.with_name(target.name + ".partial"))
@@ -77,10 +78,13 @@ def new_directory(
     except OSError as error:
         is_resumable = bool(partial.finished)
         raise OutputError(
-            f"{error.filename or partial.folder}: {error.strerror or error}; {_left(partial)}"
+            f"{error.filename or partial.folder}: {error.strerror or error}; "
+            + (f"{_kept(partial)}: {GOES_ON}" if partial.finished else "nothing was left behind")
         ) from error
     except BaseException as error:
         is_resumable = is_ctrl_c(error) and bool(partial.finished)
+        if is_resumable:
+            error.add_note(_kept(partial))
         raise
     finally:
         if _holds(partial.folder, lock):
@@ -121,10 +125,10 @@ def _foreign_files(target: Path) -> list[str]:
     return sorted(path.name for path in target.iterdir() if path.name not in ours)
 
 
-def _left(partial: Partial) -> str:
-    if not partial.finished:
-        return "nothing was left behind"
-    return f"{len(partial.finished)} finished files are kept for the next run of this command"
+def _kept(partial: Partial) -> str:
+    n_files = len(partial.finished)
+    files = "1 finished file is" if n_files == 1 else f"{n_files} finished files are"
+    return f"{files} kept in {partial.folder}"
 
 
 def _claim(partial: Partial, target: Path, job: str, on_note: Callable[[str], None]) -> int:

@@ -123,7 +123,8 @@ def certify(
             on_note=request.on_note,
         )
         before = comparison.before
-        scores = comparison.run(on_progress=request.on_progress)
+        with comparison.told_when_stopped():
+            scores = comparison.run(on_progress=request.on_progress)
         used = TextUsed(
             request.text.name, request.text.sha256, windows.ids.size, len(scores), windows.context
         )

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from time import perf_counter
@@ -25,7 +26,7 @@ from mlx_llama.memory import Demand, memory_found
 from mlx_llama.model import Block, LlamaModel
 from mlx_llama.weights import build_blocks, build_ends
 from mlx_llama_quantize.divergence import TokenScores, score_tokens
-from mlx_llama_quantize.keeping import Keeper, OnNote
+from mlx_llama_quantize.keeping import Keeper, OnNote, told_when_stopped
 from mlx_llama_quantize.products import block_for_texts, for_texts
 from mlx_llama_quantize.subject import Subject
 from mlx_llama_quantize.windows import Windows
@@ -152,6 +153,10 @@ class Comparison:
             with contextlib.suppress(OSError):
                 self._state.unlink()
         return TokenScores.joined(self._parts)
+
+    def told_when_stopped(self) -> AbstractContextManager[None]:
+        """Return what notes with Ctrl-C in its block where the scores are kept, if any are."""
+        return told_when_stopped("what was compared", self._state)
 
     def group_size(self, sides: list[Side]) -> int:
         """Return how many windows go through the blocks together."""

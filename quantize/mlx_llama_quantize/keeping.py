@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from mlx_llama.errors import is_ctrl_c
 
 OnNote = Callable[[str], None]
 
@@ -31,3 +34,15 @@ class Keeper:
                     f"{self.folder}: {error.strerror or error}; the work goes on, but a later run "
                     "could not take it up"
                 )
+
+
+@contextmanager
+def told_when_stopped(what: str, path: Path | None) -> Iterator[None]:
+    """Note with Ctrl-C that a file, or a folder with something in it, stays for a later run."""
+    try:
+        yield
+    except BaseException as error:
+        is_kept = path is not None and (any(path.iterdir()) if path.is_dir() else path.is_file())
+        if is_kept and is_ctrl_c(error):
+            error.add_note(f"{what} is kept in {path}")
+        raise

@@ -19,7 +19,7 @@ from mlx_llama.ops import DTYPES
 from mlx_llama.strict_json import MAX_JSON_BYTES, json_text, load_json
 from mlx_llama.tokenizer import Tokenizer
 from mlx_llama.weights import WeightSource
-from mlx_llama_quantize.keeping import Keeper, OnNote
+from mlx_llama_quantize.keeping import Keeper, OnNote, told_when_stopped
 from mlx_llama_quantize.packing import pack_matrix, refuse_no_numbers, unpacked
 from mlx_llama_quantize.spec import DEFAULT_GROUP_SIZE, fitted
 from mlx_llama_quantize.texts import Text
@@ -101,6 +101,11 @@ class Survey:
 
         on_look: told how many matrices were packed in every format, and of how many.
         """
+        with told_when_stopped("what was measured", self.path):
+            self._run(on_progress, on_look)
+        return [Sensitivity(n, self._measured[n], self._errors[n]) for n in self.candidates]
+
+    def _run(self, on_progress: OnProgress | None, on_look: OnProgress | None) -> None:
         self._resume()
         keeper = Keeper(self.path.parent, self.on_note)
         wanted = [(n, form) for n in self.candidates for form in self._missing(n)]
@@ -118,7 +123,6 @@ class Survey:
             if on_look is not None:
                 on_look(number, len(untried))
         keeper.keep(self._write)
-        return [Sensitivity(n, self._measured[n], self._errors[n]) for n in self.candidates]
 
     def probes(self, name: str) -> list[QuantFormat]:
         """Return the formats in which a matrix is measured."""

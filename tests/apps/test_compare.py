@@ -134,8 +134,10 @@ def test_ctrl_c_keeps_what_is_done(folder: Path, home: Path) -> None:
     )
     asked = ["compare", "one", "other", "--text", "text.txt", "--context", "32", "--no-costs"]
     process = start(slow, *asked, home=home)
-    interrupt(process, at="1")
+    _, errors = interrupt(process, at="1")
     assert process.returncode == 130
+    kept = home / "cache" / "compare"
+    assert f"stopped; what was compared is kept in {kept}" in errors
     assert main([*asked, "--json"]) == 0
 
 

@@ -18,6 +18,7 @@ from mlx_llama.errors import CheckpointError
 from mlx_llama.weights import hf_module
 from mlx_llama_apps.main import main
 from mlx_llama_quantize import plots
+from mlx_llama_quantize.calibration import Calibration
 from mlx_llama_quantize.comparison import Comparison
 from mlx_llama_quantize.texts import CALIBRATION, CERTIFICATE, read_text, shipped
 from mlx_llama_quantize.variants import VariantWalk
@@ -184,10 +185,14 @@ def test_without_report_the_card_says_so(
     assert not (tmp_path / "out" / "certificate.svg").exists()
 
 
-def test_a_stopped_certificate_goes_on(
-    source: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stopped_certificate_says_what_it_keeps_and_goes_on(
+    source: Path,
+    tmp_path: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What was scored and the weights that were written are kept for the next run."""
+    """OUT.partial was left without a word."""
     (tmp_path / "text.txt").write_text(TEXT * 3, encoding="utf-8")
     asked = ["quantize", str(source), "-o", str(tmp_path / "out"), "--text"]
     asked += [str(tmp_path / "text.txt"), "--quiet"]
@@ -202,10 +207,40 @@ def test_a_stopped_certificate_goes_on(
     monkeypatch.setattr(Comparison, "_score", stopping)
     assert main(asked) == 130
     assert (tmp_path / "out.partial" / "model.safetensors").is_file()
-    assert len(list((home / "cache" / "certificates").iterdir())) == 1
+    (scores,) = (home / "cache" / "certificates").iterdir()
+    assert capsys.readouterr().err == (
+        f"mlx-llama: stopped; what was compared is kept in {scores}; 1 finished file is kept in "
+        f"{tmp_path / 'out.partial'}: the same command goes on from there\n"
+    )
     assert main(asked) == 0
     assert seen[:4] == [0, 1, 2, 2]
     assert list((home / "cache" / "certificates").iterdir()) == []
+
+
+def test_a_stopped_calibration_says_what_it_keeps(
+    source: Path,
+    tmp_path: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    asked = ["--method", "awq", "--calibration", str(tmp_path / "text.txt"), "--quiet"]
+    block = Calibration._block
+
+    def stopping(self: Calibration, model: Any, index: int, *given: Any) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+        block(self, model, index, *given)
+
+    monkeypatch.setattr(Calibration, "_block", stopping)
+    assert quantize(source, tmp_path / "out", *asked) == 130
+    (kept,) = (home / "cache" / "calibrations").iterdir()
+    assert capsys.readouterr().err == (
+        f"mlx-llama: stopped; what was learned is kept in {kept}: the same command goes on from "
+        "there\n"
+    )
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_calibration_loses_less_than_rounding(tmp_path: Path, home: Path) -> None:

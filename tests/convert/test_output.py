@@ -172,8 +172,10 @@ STOPS = [KeyboardInterrupt(), lost_lock(), OSError(errno.ENOSPC, "No space left 
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_finished_files_are_kept_for_the_same_job(tmp_path: Path, stop: BaseException) -> None:
-    with pytest.raises((KeyboardInterrupt, RuntimeError, OutputError)):
+    with pytest.raises((KeyboardInterrupt, RuntimeError, OutputError)) as caught:
         finish(tmp_path / "out", "a", stop)
+    said = [str(caught.value), *getattr(caught.value, "__notes__", [])]
+    assert f"1 finished file is kept in {tmp_path / 'out.partial'}" in said[-1]
     assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
     before = (tmp_path / "out.partial" / "one").stat().st_mtime_ns
     (tmp_path / "out.partial" / "rest").write_text("of the file that was being written")

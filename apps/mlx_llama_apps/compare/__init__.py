@@ -209,7 +209,7 @@ def _costs(directories: Pair, dtype: str | None, status: StatusLine) -> tuple[Co
 
 def _scores(comparison: Comparison, status: StatusLine) -> Any:
     """Score the text on the inference thread; Ctrl-C ends the wait at once."""
-    with Inference(lambda: comparison) as inference:
+    with comparison.told_when_stopped(), Inference(lambda: comparison) as inference:
         progress = shown(status.show, "comparing")
         return inference.call(lambda state: state.run(on_progress=progress))
 
