@@ -35,6 +35,11 @@ class Context:
     demand: Demand
     plan: MemoryPlan
 
+    @property
+    def longest(self) -> int:
+        """Return the longest context that the model has and the machine had memory for."""
+        return self.demand.largest_context(self.plan.found)
+
     def new_cache(self, config: ModelConfig) -> KVCache:
         """Make an empty cache."""
         return KVCache(
@@ -64,9 +69,10 @@ class Context:
             what = "--keep"
             if self.keep is None:
                 what = "the system prompt and what frames it" if opening else "what begins a text"
+            longer = "raise --context or " if self.capacity < self.demand.config.max_context else ""
             raise OptionError(
                 f"--on-full slide: {what} keeps {keep} tokens, a context of {self.capacity} can "
-                f"keep {self.capacity - 2} and go on; raise --context or give a smaller --keep"
+                f"keep {self.capacity - 2} and go on; {longer}give a smaller --keep"
             )
         return keep
 

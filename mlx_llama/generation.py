@@ -231,9 +231,10 @@ def room_for_answer(cache: KVCache, n_prompt: int) -> float:
     if cache.slides:
         return math.inf
     if n_prompt >= cache.capacity:
+        longer = ", raise --context," if cache.capacity < cache.window.max_position else ""
         raise ContextOverflowError(
             f"the prompt has {n_prompt} tokens, the context holds {cache.capacity}, one of them "
-            "for an answer: shorten the prompt, raise --context, or take --on-full slide"
+            f"for an answer: shorten the prompt{longer} or take --on-full slide"
         )
     return cache.capacity - n_prompt
 

@@ -43,7 +43,8 @@ def run(
     model
         a model directory, the name of one in the models folder, or "bundled", the guide in the box
     prompt
-        the prompt; missing or "-" reads standard input, less its last newline
+        the prompt; missing or "-" reads standard input, less its last newline. An empty one is for
+        --raw alone, which begins a text with it
     system
         the system prompt
     raw
@@ -61,6 +62,9 @@ def run(
         raise OptionError("--system and --date: do nothing with --raw; leave one of them out")
     path = paths.resolve_model(model)
     text = read_stdin() if prompt in (None, "-") else prompt
+    if not text and not raw:
+        where = "standard input" if prompt in (None, "-") else "the prompt"
+        raise OptionError(f"{where} is empty: write one, or begin a text from nothing with --raw")
     with told_when_forgotten() as on_forget, StatusLine() as status:
         # The prompt is not counted yet: what it takes is checked when it is.
         needed = None if most is None else most + 1
@@ -72,7 +76,10 @@ def run(
             if as_json:
                 print(json_text(_as_object(steps)))
             else:
-                _print_text(steps, status)
+                end = _print_text(steps, status)
+                if end is not None and end.finish_reason == "context" and end.stats is not None:
+                    limit = end.stats.context_limit
+                    remark(inference.call(lambda llama: _cut(llama, checked, limit)))
 
 
 def _asking(
@@ -102,8 +109,8 @@ def _asking(
     return ask
 
 
-def _print_text(steps: Iterator[Step], status: StatusLine) -> None:
-    """Print the text as it comes and end it with one newline; say when the context cut it."""
+def _print_text(steps: Iterator[Step], status: StatusLine) -> Step | None:
+    """Print the text as it comes and end it with one newline; return the last step."""
     last, step = "", None
     try:
         for step in steps:
@@ -116,11 +123,18 @@ def _print_text(steps: Iterator[Step], status: StatusLine) -> None:
             _end_line(last)
         raise
     _end_line(last)
-    if step is not None and step.finish_reason == "context" and step.stats is not None:
-        remark(
-            f"the answer was cut: the context of {step.stats.context_limit} tokens is full; raise "
-            "--context, or take --on-full slide"
-        )
+    return step
+
+
+def _cut(llama: Llama, options: ContextOptions, limit: int) -> str:
+    """Say that a context of so many tokens cut the answer, and what can be done here."""
+    from mlx_llama.context import plan_context
+
+    longest = plan_context(options, llama.config, dtype=llama.dtype).longest
+    full = f"the answer was cut: the context of {limit} tokens is full"
+    if longest > limit:
+        return f"{full}; raise --context, up to {longest}, or take --on-full slide"
+    return f"{full}, the longest that model and memory have; --on-full slide goes on beyond it"
 
 
 def _end_line(last: str) -> None:

@@ -93,9 +93,10 @@ class Window:
     def check(self, n_tokens: int) -> None:
         """Raise ContextOverflowError when a pass of so many tokens has no place."""
         if not self.slides and self.offset + n_tokens > self.capacity:
+            longer = " or raise --context" if self.capacity < self.max_position else ""
             raise ContextOverflowError(
                 f"{self.offset} tokens are held, {n_tokens} are to come, the context holds "
-                f"{self.capacity}: shorten the text or raise --context"
+                f"{self.capacity}: shorten the text{longer}"
             )
 
     def turn(self) -> int:

@@ -35,7 +35,7 @@ def test_quantized_stories260k_tells_a_story(
     source, out = shared("checkpoints/stories260k"), str(tmp_path / "out")
     assert main(["convert", str(source), "--bits", bits, "-o", out]) == 0
     capsys.readouterr()
-    assert main(["run", out, "--temperature", "0", "--max-tokens", "60", ""]) == 0
+    assert main(["run", out, "--raw", "--temperature", "0", "--max-tokens", "60", ""]) == 0
     text = capsys.readouterr().out
     assert text.startswith("Once upon a time, there was a little girl named Lily. ")
 

@@ -27,6 +27,11 @@ USAGE = [
     (["run"], "MODEL is missing: give a model directory"),
     (["show"], "MODEL is missing: give a model directory"),
     (["convert"], "SOURCE is missing: give the folder of a checkpoint"),
+    (
+        ["run", "CHAT", ""],
+        "the prompt is empty: write one, or begin a text from nothing with --raw",
+    ),
+    (["run", "BASE", ""], "the prompt is empty"),
     (["run", "BASE", "hi", "there"], "too many arguments: 'there'"),
     (["run", "BASE", "--temprature", "0", "hi"], "did you mean --temperature"),
     (["run", "BASE", "--ignore-eoss"], "did you mean --ignore-eos"),

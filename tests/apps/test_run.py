@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -98,8 +99,6 @@ def test_models_own_defaults_are_used(
     chat_model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """generation_config.json says what temperature an answer has when nobody says another."""
-    import shutil
-
     cold = tmp_path / "cold"
     shutil.copytree(chat_model, cold)
     config = json.loads((cold / "generation_config.json").read_text())
@@ -151,9 +150,41 @@ def test_answer_that_the_context_cut_says_so(
 ) -> None:
     asked = ["run", str(base_model), "hello", "--ignore-eos"]
     assert main([*asked, "--context", "12"]) == 0
-    assert "the answer was cut: the context of 12 tokens is full" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        "the answer was cut: the context of 12 tokens is full; raise --context, up to 4096, or "
+        "take --on-full slide\n"
+    )
     assert main([*asked, "--max-tokens", "4"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_where_there_is_no_longer_context_none_is_advised(
+    base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It said to raise --context, which could not be followed."""
+    model = Path(shutil.copytree(base_model, tmp_path / "m"))
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config["max_position_embeddings"] = 16
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert main(["run", str(model), "", "--raw", "--ignore-eos"]) == 0
+    assert capsys.readouterr().err == (
+        "the answer was cut: the context of 16 tokens is full, the longest that model and memory "
+        "have; --on-full slide goes on beyond it\n"
+    )
+    assert main(["run", str(model), "the thing in hello world end " * 5]) == 1
+    assert "shorten the prompt or take --on-full slide" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompt", [[], ["-"]])
+def test_empty_input_is_told_before_the_model_is_loaded(
+    base_model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    prompt: list[str],
+) -> None:
+    monkeypatch.setattr("sys.stdin", Stdin(b"\n"))
+    assert main(["run", str(base_model), *prompt]) == 2
+    assert "standard input is empty" in capsys.readouterr().err
 
 
 def test_prompt_behind_two_hyphens_is_taken_as_it_is(

@@ -216,8 +216,7 @@ def greeting(talk: Talk) -> str:
     base = " (base model)" if llama.kind.is_base else ""
     weights = sum(array.nbytes for array in llama.model.arrays())
     free = "" if plan.found is None else f" of {size(plan.found)} free"
-    most = context.demand.largest_context(plan.found)
-    longer = f", up to {most} would" if most > context.capacity else ""
+    longer = f", up to {context.longest} would" if context.longest > context.capacity else ""
     return (
         f"{llama.path.name}: {llama.kind.name}{base}, weights {size(weights)}; context "
         f"{context.capacity} ({context.reason}) fits with up to {size(plan.total)}{free}{longer}; "
