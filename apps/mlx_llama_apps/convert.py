@@ -17,7 +17,7 @@ from mlx_llama_apps import bundled, paths
 from mlx_llama_apps.flags import AS_USUAL, ConvertFlags, MakingFlags, given
 from mlx_llama_apps.progress import Stages, byte_bar, remark
 from mlx_llama_apps.pull import fetch, listing_lines
-from mlx_llama_apps.terminal import size
+from mlx_llama_apps.terminal import size, write_line
 
 if TYPE_CHECKING:
     from mlx_llama_convert.plan import ConversionPlan
@@ -144,7 +144,7 @@ def _announce(
     )
     if dry_run or not quiet:
         for line in [*plan_lines(plan, target), needs_line(needs, care.work if care else ())]:
-            print(line, file=sys.stdout if dry_run else sys.stderr)
+            write_line(line, sys.stdout if dry_run else sys.stderr)
     needs.check(target)
 
 
@@ -184,7 +184,8 @@ def open_named(
     else:
         listing = hub.look_up(source, revision=revision)
         if making.dry_run and listing.missing_nbytes:
-            print(*listing_lines(listing), sep="\n")
+            for line in listing_lines(listing):
+                write_line(line, sys.stdout)
             return None
         snapshot = fetch(listing, is_quiet=making.quiet)
     return open_source(snapshot.source, options, origin=Origin(snapshot.name, snapshot.commit))

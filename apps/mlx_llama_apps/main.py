@@ -29,7 +29,7 @@ from mlx_llama import blas
 from mlx_llama.errors import GOES_ON, MlxLlamaError, OptionError, is_ctrl_c
 from mlx_llama_apps import bench, chat, compare, convert, pull, quantize, run, show, verify
 from mlx_llama_apps.flags import read_value
-from mlx_llama_apps.terminal import visible
+from mlx_llama_apps.terminal import visible, write_line
 
 EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 1, 2, 130
 WHAT_TO_GIVE = {
@@ -140,7 +140,7 @@ def _stop(error: BaseException, is_debugged: bool) -> int:
 def _fail(line: str, code: int, is_debugged: bool) -> int:
     if is_debugged:
         traceback.print_exc()
-    print(visible(f"mlx-llama: {' '.join(line.split())}"), file=sys.stderr)
+    write_line(visible(f"mlx-llama: {' '.join(line.split())}"), sys.stderr)
     return code
 
 

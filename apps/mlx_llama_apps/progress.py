@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 
-from mlx_llama_apps.terminal import StatusLine
+from mlx_llama_apps.terminal import StatusLine, write_line
 
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_OF_A_STAGE = 30.0  # between lines of what takes minutes
@@ -18,7 +18,7 @@ OnForget = Callable[[int], None]
 
 def remark(text: str) -> None:
     """Print a line for the person who watches."""
-    print(text, file=sys.stderr, flush=True)
+    write_line(text, sys.stderr)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,7 @@ from mlx_llama.strict_json import MAX_JSON_BYTES, json_text, load_json
 from mlx_llama_apps import paths
 from mlx_llama_apps.flags import LoadFlags, PlanFlags, given
 from mlx_llama_apps.inference import slower
-from mlx_llama_apps.terminal import size, visible
+from mlx_llama_apps.terminal import size, visible, write_line
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -52,7 +53,7 @@ def show(
         return
     for name, value in _rows(facts):
         # The files' own texts stand in a value: they end no line and reach no terminal's controls.
-        print(f"{name:<14}{visible(value.translate(LINE_ENDS))}")
+        write_line(f"{name:<14}{visible(value.translate(LINE_ENDS))}", sys.stdout)
 
 
 def model_facts(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
+import textwrap
 import threading
 from time import monotonic
 from types import TracebackType
@@ -17,6 +19,8 @@ from mlx_llama.errors import MlxLlamaError, OptionError
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Characters of two columns that belong to no word: a row may end before and behind each.
 WIDE = "\u1100-\u11ff\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6"
+# What stands before a row's value: a label and two spaces or more, or those alone.
+_LABEL = re.compile(r"(?=.{2,16}\S)\S*(?: \S+)* {2,}")
 _CLEAR_LINE = "\r\x1b[2K"
 
 
@@ -38,6 +42,39 @@ def _cut(text: str, columns: int) -> str:
     return text if len(text) <= columns else text[: max(0, columns - 1)] + "…"
 
 
+def columns_of(stream: TextIO) -> int:
+    """Return how wide the terminal behind a stream is."""
+    try:
+        found = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):  # no terminal, or closed
+        found = 0
+    return found or shutil.get_terminal_size().columns
+
+
+def write_line(line: str, stream: TextIO) -> None:
+    """Print a line; at a terminal what is too long for it goes on behind a whole word.
+
+    A row goes on under its value, which stands behind a label and two spaces or more.
+    """
+    if stream.isatty():
+        line = _wrapped(line, columns_of(stream))
+    print(line, file=stream, flush=True)
+
+
+def _wrapped(line: str, columns: int) -> str:
+    label = _LABEL.match(line)
+    indent = len(label[0]) if label is not None else 0
+    rows = textwrap.wrap(
+        line,
+        columns,
+        subsequent_indent=" " * (indent if 2 * indent <= columns else 2),
+        replace_whitespace=False,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(rows)
+
+
 def write_text(text: str, stream: TextIO) -> None:
     """Write a model's text at once; at a terminal control characters become U+FFFD."""
     stream.write(visible(text) if stream.isatty() else text)
@@ -52,7 +89,7 @@ def read_stdin() -> str:
     if sys.stdin is None:
         raise OptionError("standard input is closed: give it a text, as in: echo TEXT | mlx-llama")
     if sys.stdin.isatty():
-        print("reading from the terminal; Ctrl-D on an empty line ends it", file=sys.stderr)
+        write_line("reading from the terminal; Ctrl-D on an empty line ends it", sys.stderr)
     data = sys.stdin.buffer.read()
     try:
         text = data.decode("utf-8")
@@ -92,8 +129,8 @@ class StatusLine:
         with self._lock:
             if not self._is_over and monotonic() >= self._due:
                 self._is_shown = True
-                columns = shutil.get_terminal_size().columns
-                sys.stderr.write(_CLEAR_LINE + _cut(visible(text), columns - 1))
+                line = _cut(visible(text), columns_of(sys.stderr) - 1)
+                sys.stderr.write(_CLEAR_LINE + line)
                 sys.stderr.flush()
 
     def close(self) -> None:
@@ -104,7 +141,7 @@ class StatusLine:
     def remark(self, text: str) -> None:
         """Print a line above it."""
         self.hide()
-        print(text, file=sys.stderr, flush=True)
+        write_line(text, sys.stderr)
 
     def hide(self) -> None:
         """Clear the line until it is shown again, before something else is printed."""

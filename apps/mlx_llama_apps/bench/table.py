@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -9,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from mlx_llama.options import PLAIN_BITS
 from mlx_llama_apps.bench.cases import Row
 from mlx_llama_apps.inference import slower
-from mlx_llama_apps.terminal import size, visible
+from mlx_llama_apps.terminal import size, visible, write_line
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from mlx_llama_apps.bench.rounding import Cost
+
+    Cells = Sequence[Sequence[str]]
 
 OVER = 1.02  # of the measured bandwidth: more than noise
 
@@ -107,21 +110,37 @@ def show(report: Report, *, as_markdown: bool) -> None:
 
     console = Console(highlight=False, markup=False)
     for line in _about(report):
-        console.print(line, soft_wrap=True)
-    tables = [cells]
-    width = sum(max(map(len, column)) + 2 for column in zip(*cells, strict=True)) - 2
-    if width > console.width:  # what is too wide becomes two
-        n_speeds = 2 if report.peer is None else 4
-        tables = [
-            [line[:n_speeds] for line in cells],
-            [[line[0], *line[n_speeds:]] for line in cells],
-        ]
-    for each in tables:
-        console.print()
-        console.print(_table(each))
+        write_line(line, sys.stdout)
+    n_speeds = 2 if report.peer is None else 4
+    halves = [[line[:n_speeds] for line in cells], [[line[0], *line[n_speeds:]] for line in cells]]
+    for tables in ([cells], halves):  # what is too wide becomes two
+        if all(_width(each) <= console.width for each in tables):
+            for each in tables:
+                console.print()
+                console.print(_table(each))
+            return
+    for row in cells[1:]:
+        console.print(f"\n[bold]{row[0]}", markup=True)
+        console.print(_stacked(cells[0][1:], row[1:]))
 
 
-def _table(cells: Sequence[Sequence[str]]) -> Table:
+def _width(cells: Cells) -> int:
+    """Return the columns of the screen that a table takes, two spaces between its own."""
+    return sum(max(map(len, column)) + 2 for column in zip(*cells, strict=True)) - 2
+
+
+def _stacked(names: Sequence[str], values: Sequence[str]) -> Table:
+    """Return a row's values under each other."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for name, value in zip(names, values, strict=True):
+        if value:
+            table.add_row(f"  {name}", value)
+    return table
+
+
+def _table(cells: Cells) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -221,7 +240,7 @@ def _rate(bytes_per_s: float) -> str:
     return f"{bytes_per_s / 1e9:.1f} GB/s"
 
 
-def _markdown(cells: Sequence[Sequence[str]]) -> str:
+def _markdown(cells: Cells) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         [
