@@ -22,7 +22,7 @@ from mlx_llama_apps.chat.commands import complete, parse
 from mlx_llama_apps.chat.keeping import Folders
 from mlx_llama_apps.chat.parts import Parts
 from mlx_llama_apps.chat.reader import Line, Reader
-from mlx_llama_apps.chat.settings import Settings, key_named, with_keys
+from mlx_llama_apps.chat.settings import DEFAULT, Settings, key_named, with_keys
 from mlx_llama_apps.chat.shelf import Shelf, first_line
 from mlx_llama_apps.chat.talk import Talk
 from mlx_llama_apps.chat.view import View, meter_text, stats_parts
@@ -237,9 +237,11 @@ class Conversation:
     def show_settings(self, name: str) -> None:
         """List value, default and source of the settings."""
         settings = [self._settings.find(key_named(name).name)] if name else self._settings.all()
-        rows = [("setting", "value", "default", "from")]
-        rows += [(s.key.name, _text(s.value), _text(s.key.default), s.source) for s in settings]
-        self._view.table(rows)
+        rows = [(s.key.name, _text(s.value), _text(s.key.default), s.source) for s in settings]
+        if self._view.has_room(n_columns=4):
+            self._view.table([("setting", "value", "default", "from"), *rows])
+        else:
+            self._view.table([_in_two(*row) for row in rows])
         if name:
             self._view.say(settings[0].key.help)
 
@@ -303,6 +305,13 @@ class Conversation:
     def load(self, name: str) -> None:
         """Take up a chat from a file, as a new chat."""
         self.shelf.load(name)
+
+
+def _in_two(name: str, value: str, default: str, source: str) -> tuple[str, str]:
+    """Return a setting in two cells, the second empty where nothing was set."""
+    if source == DEFAULT:
+        return f"{name}  {value} (default)", ""
+    return f"{name}  {value}", f"{source}; default {default}"
 
 
 def _text(value: object) -> str:

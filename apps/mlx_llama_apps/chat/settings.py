@@ -19,6 +19,7 @@ from mlx_llama.errors import OptionError
 from mlx_llama.options import (
     DEFAULT_TEMPERATURE,
     DEFAULT_TOP_P,
+    FLOAT32,
     ChatOptions,
     ContextOptions,
     GenerationOptions,
@@ -48,6 +49,7 @@ LAST_DEFAULTS = {
     "top_k": 0,
     "min_p": 0.0,
     "repetition_penalty": 1.0,
+    "activations": FLOAT32,
 }
 
 

@@ -53,12 +53,16 @@ class View:
         """Print a remark of the program's own."""
         self._console.print(Text(visible(text), style="dim" if is_dim else ""))
 
+    def has_room(self, n_columns: int, *, first_width: int = 0) -> bool:
+        """Whether so many columns of a table can stand beside each other."""
+        return self.width >= max(NARROW * n_columns, first_width + NARROW * (n_columns - 1))
+
     def table(self, rows: Sequence[Sequence[str]]) -> None:
         """Print rows in columns; under each other where there is no room beside."""
         rows = [[visible(cell) for cell in row] for row in rows]
         n_columns = max((len(row) for row in rows), default=0)
         first_width = max((cell_len(row[0]) for row in rows if row), default=0)
-        if self.width < max(NARROW * n_columns, first_width + NARROW * (n_columns - 1)):
+        if not self.has_room(n_columns, first_width=first_width):
             for first, *rest in rows:
                 self._console.print(Text(first, style="bold"))
                 for cell in filter(None, rest):

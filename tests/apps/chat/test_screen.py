@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from terminal import Start, Terminal, messages, saved, speaking
 
+from mlx_llama_apps.chat.settings import KEYS
+
 
 def test_resize_in_mid_answer_breaks_no_word(home: Path, chat_model: Path) -> None:
     """The model's words are replaced by some that can be told apart."""
@@ -61,3 +63,19 @@ def test_narrow_terminals_hold_everything(
     colours = re.findall(r"\x1b\[[0-9;]*m", terminal.raw)
     assert not [c for c in colours if re.search(r"[\[;](3[0-7]|38|9[0-7]|4[0-7])[;m]", c)]
     assert terminal.leave() == 0
+
+
+def test_a_setting_takes_two_lines_of_a_narrow_terminal_at_most(
+    home: Path, chat_model: Path, start: Start
+) -> None:
+    """It took four, none of which said what it was."""
+    terminal = start(chat_model, "--top-k", 3, columns=40, lines=60)
+    terminal.enter("/set")
+    shown = terminal.text.partition("> /set\n")[2].partition("\n>")[0].splitlines()
+    names = [line.split()[0] for line in shown if not line.startswith(" ")]
+    assert names == list(KEYS)
+    assert shown[shown.index("top_k  3") + 1] == "  flag; default 0"
+    assert "seed  - (default)" in shown
+    assert "activations  float32 (default)" in shown
+    assert len(shown) <= 2 * len(KEYS)
+    terminal.leave()
