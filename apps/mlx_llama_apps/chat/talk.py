@@ -10,7 +10,7 @@ import hashlib
 import queue
 import secrets
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -137,7 +137,15 @@ class Talk:
 
     def _measure(self) -> None:
         cache = self.session.cache
-        self.meter = (cache.held, cache.capacity)
+        self.meter = (cache.held or self._unread(), cache.capacity)
+
+    def _unread(self) -> int:
+        """Return how many tokens the messages have: what the next answer reads of them anew."""
+        messages = self.session.messages
+        if all(message.role == "system" for message in messages):
+            return 0
+        date, encode = self._settings.value("date"), self.session.prompt_format.encode
+        return len(encode(messages, date=date, continue_last=messages[-1].role == "assistant"))
 
     # --- turning back ----------------------------------------------------------------------------
 
@@ -212,13 +220,20 @@ class Talk:
 
     def set(self, name: str, text: str) -> Setting:
         """Take a setting as it was typed, into effect; after an error all is as it was."""
-        before = self._settings.state()
+        before, was_read = self._settings.state(), bool(self.session.tokens)
         setting = self._settings.set(name, text)
         try:
             self._apply(setting.key.group, setting.key.name)
         except BaseException:
             self._settings.go_back(before)
             raise
+        n_tokens, capacity = self.meter
+        if was_read and n_tokens and not self.session.tokens:
+            less = "" if n_tokens < capacity else f", and the context holds {capacity}"
+            self.notices.put(
+                f"the cache was emptied: the next answer reads {n_tokens} tokens of the "
+                f"conversation again{less}"
+            )
         return setting
 
     def _apply(self, group: str, name: str) -> None:
@@ -245,12 +260,16 @@ class Talk:
                 self._check_biases()
         self._keeper.settings(self._settings.explicit())
 
-    def _new_session(self) -> None:
-        """Make a session of the settings; what was said is read anew with the next answer."""
+    def _new_session(self, messages: Sequence[Message] = ()) -> None:
+        """Make a session of the settings; what was said is read anew with the next answer.
+
+        messages: what was said, where the session before is gone.
+        """
         plain = PlainFormat(self.llama.tokenizer) if self.llama.kind.is_base else None
         options = ContextOptions(**self._settings.group("context"))
         before = getattr(self, "session", None)
         session = Session(self.llama, options, prompt_format=plain)
+        session.messages = [*messages]
         if before is not None:
             session.messages = before.messages
             before.clear()  # its memory is given back
@@ -269,8 +288,7 @@ class Talk:
             self.llama = self._load(before)
             raise
         finally:
-            self._new_session()
-            self.session.messages = messages
+            self._new_session(messages)
 
     # --- saving and resuming ---------------------------------------------------------------------
 
