@@ -24,7 +24,7 @@ CGROUP_FILES = (
     ("memory.max", "memory.current"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
-CHOICES = (KVBits(16, 16), KVBits(8, 8), KVBits(4, 4))
+CHOICES = (KVBits(32, 32), KVBits(16, 16), KVBits(8, 8), KVBits(4, 4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +64,20 @@ class Demand:
         return low
 
     def largest_contexts(self, found: int | None) -> dict[str, int]:
-        """Return the longest context that fits at 16, 8 and 4 bits, by `--kv-bits`."""
-        return {
-            str(bits): replace(self, bits=bits).largest_context(found)
-            for bits in CHOICES
-            if bits.is_plain or self.config.head_dim % GROUPS[-1] == 0
-        }
+        """Return the longest context that fits at what the model can have of 32, 16, 8 and 4 bits.
+
+        By `--kv-bits`; those that were chosen are among them.
+        """
+        choices = [bits for bits in CHOICES if bits == self.bits or self._has(bits)]
+        choices += [] if self.bits in choices else [self.bits]
+        return {str(bits): replace(self, bits=bits).largest_context(found) for bits in choices}
+
+    def _has(self, bits: KVBits) -> bool:
+        """Whether the model can be cached in such bits, and 32 are not what 16 mean."""
+        if not bits.is_plain:
+            return self.config.head_dim % GROUPS[-1] == 0
+        is_half = ops.cache_dtype(self.dtype, KVBits()) != mx.float32
+        return bits == KVBits() or (self.dtype == mx.float32 and is_half)
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,7 +217,8 @@ def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
     kept = memory["kv_dtype"]
     if memory["kv_bits"] not in PLAIN_BITS:
         kept = f"{memory['kv_bits']} bits"
-    most = ", ".join(f"{n} at {bits} bits" for bits, n in memory["largest_contexts"].items())
+    longest = memory["largest_contexts"].items()
+    most = ", ".join(f"{n} with --kv-bits {bits}" for bits, n in longest)
     return [
         (
             "memory",

@@ -61,11 +61,39 @@ def test_context_that_does_not_fit_is_refused_with_those_that_would(
     llama: Llama, machine: list[int]
 ) -> None:
     machine[0] = 3_000_000
-    with pytest.raises(MemoryShortError, match=r"at most \d+ with --kv-bits 16"):
+    with pytest.raises(MemoryShortError, match=r"at most .*\d+ with --kv-bits 16"):
         llama.session(context="max")
     machine[0] = 10
     with pytest.raises(MemoryShortError, match="smaller model"):
         llama.session(context=131072)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cached", "chosen", "named"),
+    [
+        (mx.float32, mx.float16, (16, 16), ["32", "16", "8", "4"]),
+        (mx.float32, mx.float32, (16, 16), ["16", "8", "4"]),
+        (mx.float32, mx.float32, (32, 32), ["32", "16", "8", "4"]),
+        (mx.bfloat16, mx.bfloat16, (16, 16), ["16", "8", "4"]),
+        (mx.bfloat16, mx.bfloat16, (8, 4), ["16", "8", "4", "8:4"]),
+    ],
+)
+def test_contexts_are_told_at_all_bits_that_can_be_had(
+    llama: Llama,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: mx.Dtype,
+    cached: mx.Dtype,
+    chosen: tuple[int, int],
+    named: list[str],
+) -> None:
+    """32 bits were left out, and so were two that differ. cached: what 16 bits are."""
+    monkeypatch.setattr(
+        ops, "cache_dtype", lambda _, bits: mx.float32 if 32 in (bits.keys, bits.values) else cached
+    )
+    config = replace(llama.config, head_dim=64)  # packed by 64; 131072 positions
+    found = Demand(config, 0, KVBits(*chosen), dtype, 64).largest_contexts(30_000_000)
+    assert list(found) == named
+    assert config.max_context > found["4"] > found["8"] > found["16"] >= found.get("32", 1) > 0
 
 
 @pytest.mark.parametrize(
