@@ -18,6 +18,8 @@ def multiply(
 
     Evaluates: MLX would allocate all that a pass dequantizes before it computes the first product.
     """
+    if biases is not None:  # numbers take the scales' dtype, and would be rounded to a smaller one
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     n_rows = max(1, BYTES // (x.shape[-1] * NUMBER_BYTES))
     parts: list[mx.array] = []
     for start in range(0, weight.shape[0], n_rows):
