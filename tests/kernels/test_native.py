@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kernels_oracle import INSTALLED, needs_kernels
-from mlx_llama import native, ops
+from mlx_llama import blas, native, ops
 from mlx_llama.errors import OptionError
 
 
@@ -48,6 +48,7 @@ def test_threads_can_be_chosen() -> None:
 
 
 def test_threads_without_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "taken", lambda: None)
     monkeypatch.setattr(native, "kernels", lambda: None)
     monkeypatch.setattr(native, "missing_reason", lambda: "mlx_llama_kernels is not installed")
     with pytest.raises(OptionError, match=r"--threads 2: .* mlx_llama_kernels is not installed"):
