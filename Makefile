@@ -13,7 +13,7 @@ KERNEL_FILES = $(shell find kernels -name build -prune -o -type f -print)
 endif
 KERNEL_TOOLS = scikit-build-core nanobind cmake ninja
 
-.PHONY: chat test check clean kernels kernels-check kernels-check-arm
+.PHONY: chat test test-without-kernels check clean kernels kernels-check kernels-check-arm
 
 chat: $(VENV)/.installed $(KERNELS)
 	@model="$(MODEL)"; \
@@ -26,6 +26,14 @@ chat: $(VENV)/.installed $(KERNELS)
 
 test: $(VENV)/.installed-test $(KERNELS)
 	$(VENV)/bin/python -m pytest -q
+
+# The tests of arithmetic where the native kernels are hidden, so that MLX's operations run;
+# make test-without-kernels TESTS=tests takes all of them.
+test-without-kernels: TESTS ?= tests/kernels tests/mlx_llama tests/quantize tests/convert/test_interop.py
+test-without-kernels: export PYTHONPATH := $(CURDIR)/tests/without_kernels
+test-without-kernels: $(VENV)/.installed-test
+	$(VENV)/bin/python -c 'from mlx_llama import native; assert native.kernels() is None'
+	$(VENV)/bin/python -m pytest -q $(TESTS)
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
