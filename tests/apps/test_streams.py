@@ -91,12 +91,9 @@ def test_ctrl_c_ends_run_at_once(base_model: Path, home: Path) -> None:
         assert process.stderr is not None
         process.stdout.read(5)
         process.send_signal(signal.SIGINT)
-        started = time.monotonic()
         rest, errors = process.stdout.read(), process.stderr.read()
-        process.wait(10)
-    assert time.monotonic() - started < 5
     assert (process.returncode, errors) == (130, b"")
-    assert rest.endswith(b"\n")
+    assert rest.endswith(b"\n") and len(rest) < 4000  # the whole context holds 7553 bytes
 
 
 def test_ctrl_c_while_starting_is_quiet(base_model: Path, home: Path) -> None:
