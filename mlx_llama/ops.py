@@ -129,7 +129,7 @@ def cache_dtype(compute: mx.Dtype, bits: KVBits) -> mx.Dtype:
 def cache_storage(compute: mx.Dtype, bits: KVBits) -> Storage:
     """Choose how a cache keeps its numbers; raises as `cache_dtype` does."""
     dtype, ours = cache_dtype(compute, bits), kernels()
-    return AS_COMPUTED if ours is None else Storage(dtype, ours.append)
+    return AS_COMPUTED if ours is None else Storage(dtype, ours.append, ours.append_packed)
 
 
 def native_summary(activations: str | None = None) -> str:

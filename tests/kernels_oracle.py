@@ -30,6 +30,10 @@ def float64(x: mx.array) -> np.ndarray:
     return np.array(x.astype(mx.float32), dtype=np.float64)
 
 
+def bits_of(x: mx.array) -> np.ndarray:
+    return np.array(x.view(mx.uint32 if x.dtype.size == 4 else mx.uint16))
+
+
 def laid_out(values: np.ndarray, layout: str, dtype: mx.Dtype) -> mx.array:
     """Return values (m, n) as an array that stands in memory in another way."""
     x = mx.array(values.astype(np.float32)).astype(dtype)

@@ -27,6 +27,10 @@ NB_MODULE(_kernels, m) {
   m.def("append", &mlk::graph::append, "buffer"_a, "x"_a, "row"_a,
         "The buffer (B, K, S, D) with x (B, K, L, D) in its rows from row on, in its dtype; what is finite\n"
         "stays so in float16. In place where nobody else holds it.");
+  m.def("append_packed", &mlk::graph::append_packed, "buffers"_a, "x"_a, "row"_a, nb::kw_only(),
+        "group_size"_a, "bits"_a,
+        "The buffers [words (B, K, S, D * bits / 32), scales, biases (B, K, S, D / group_size)] with x\n"
+        "(B, K, L, D) packed in their rows from row on: what `quantize` and `append` of each give.");
   m.def("attention", &mlk::graph::attention, "q"_a, "keys"_a, "values"_a, "rows"_a, "scale"_a,
         "sight"_a = nb::none(),
         "The last m rows of q (B, H, m, D) over the first rows[i] of each part i of keys and values, which\n"

@@ -172,6 +172,12 @@ void append(Pool& pool, const Table& table, const Heads& x, const Buffer& to) {
   });
 }
 
+void append_packed(Pool& pool, const Table& table, const Heads& x, const PackedBuffer& to) {
+  pool.each(x.batch * x.heads, rows_at_once(x.m * x.dim), [&](size_t first, size_t last, size_t) {
+    table.append_packed(x, to, first, last);
+  });
+}
+
 void attention(Pool& pool, const Table& table, const Attention& a) {
   size_t parts = table.attention_parts(a), joins = table.attention_joins(a);
   if (parts == 0) return;

@@ -17,6 +17,7 @@ void swiglu(Pool&, const Table&, const Rows& x, void* y);
 void rotate(Pool&, const Table&, const Heads& x, const float* periods, int offset, void* y);
 // The rows of x into a cache's buffer, in its type.
 void append(Pool&, const Table&, const Heads& x, const Buffer& to);
+void append_packed(Pool&, const Table&, const Heads& x, const PackedBuffer& to);
 void attention(Pool&, const Table&, const Attention&);
 // Numbers to words, scales and biases, and back.
 void quantize(Pool&, const Table&, const Groups&, const PackedGroups&);

@@ -1,4 +1,6 @@
-// Packing of weights, and unpacking.
+// Packing of weights, and of a cache's new rows; and unpacking.
+#include <algorithm>
+
 #include "on_cpu.h"
 #include "primitives.h"
 
@@ -38,15 +40,26 @@ PackedGroups packed_groups(std::vector<array>& to) {
   return {to[0].data<uint32_t>(), to[1].data<void>(), to[2].data<void>()};
 }
 
-// Three outputs, so not one of OnCpu's.
-class Packing : public mx::Primitive {
+// What makes words, scales and biases: three outputs, so not one of OnCpu's.
+class ToPacked : public mx::Primitive {
  public:
-  Packing(mx::Stream stream, int group, int bits) : Primitive(stream), group_(group), bits_(bits) {}
-  const char* name() const override { return "MlxLlamaQuantize"; }
+  ToPacked(mx::Stream stream, int group, int bits) : Primitive(stream), group_(group), bits_(bits) {}
   bool is_equivalent(const Primitive& other) const override {
-    const auto& o = dynamic_cast<const Packing&>(other);
+    const auto& o = dynamic_cast<const ToPacked&>(other);
     return group_ == o.group_ && bits_ == o.bits_;
   }
+  void eval_gpu(const std::vector<array>&, std::vector<array>&) override {
+    throw std::runtime_error("these kernels run on a CPU alone");
+  }
+
+ protected:
+  int group_, bits_;
+};
+
+class Packing : public ToPacked {
+ public:
+  using ToPacked::ToPacked;
+  const char* name() const override { return "MlxLlamaQuantize"; }
 
   void eval_cpu(const std::vector<array>& inputs, std::vector<array>& outputs) override {
     std::vector<array> to;
@@ -61,13 +74,51 @@ class Packing : public mx::Primitive {
     };
     mx::cpu::get_command_encoder(stream()).dispatch(std::move(task));
   }
+};
 
-  void eval_gpu(const std::vector<array>&, std::vector<array>&) override {
-    throw std::runtime_error("these kernels run on a CPU alone");
+// Words, scales and biases of a cache's buffer, each written in place where nobody else holds it.
+class PackedAppend : public ToPacked {
+ public:
+  PackedAppend(mx::Stream stream, int row, int group, int bits)
+      : ToPacked(stream, group, bits), row_(row) {}
+  const char* name() const override { return "MlxLlamaAppendPacked"; }
+  bool is_equivalent(const Primitive& other) const override {
+    return ToPacked::is_equivalent(other) && row_ == dynamic_cast<const PackedAppend&>(other).row_;
+  }
+
+  void eval_cpu(const std::vector<array>& inputs, std::vector<array>& outputs) override {
+    // The buffers are inputs of each output. All are computed now, so that one of them may hold them:
+    // what three hold cannot be given away.
+    for (array& out : outputs) {
+      if (&out.inputs() != &inputs && !out.is_tracer()) out.inputs().clear();
+    }
+    auto is_free = [](const array& buffer) { return buffer.is_donatable(); };
+    // MLX holds what an append made until the stream has done it. Waiting costs less than a copy.
+    if (!std::all_of(inputs.begin(), inputs.begin() + outputs.size(), is_free)) mx::synchronize(stream());
+    std::vector<array> in, to;
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      const array& buffer = inputs[i];
+      if (is_free(buffer) && buffer.flags().row_contiguous) outputs[i].copy_shared_buffer(buffer);
+      else outputs[i].set_data(mx::allocator::malloc(outputs[i].nbytes()));
+      to.push_back(array::unsafe_weak_copy(outputs[i]));
+    }
+    for (const array& input : inputs) in.push_back(array::unsafe_weak_copy(input));
+    auto task = [row = size_t(row_), group = group_, bits = bits_, in = std::move(in),
+                 to = std::move(to)]() mutable {
+      for (size_t i = 0; i < to.size(); ++i) {
+        char* data = to[i].data<char>();
+        if (in[i].data<char>() != data) std::memcpy(data, Straight(in[i]).data(), to[i].nbytes());
+      }
+      Headed x(in.back());
+      mlk::append_packed(Pool::shared(), chosen(), x.get(),
+                         {to[0].data<uint32_t>(), to[1].data<void>(), to[2].data<void>(), type_of(to[1]),
+                          size_t(to[0].shape(2)), row, group, bits});
+    };
+    mx::cpu::get_command_encoder(stream()).dispatch(std::move(task));
   }
 
  private:
-  int group_, bits_;
+  int row_;
 };
 
 class Unpacking : public OnCpu {
@@ -100,6 +151,35 @@ class Unpacking : public OnCpu {
 std::vector<array> quantize(const array& x, int group_size, int bits) {
   return array::make_arrays(packed_shapes(x, group_size, bits), {mx::uint32, x.dtype(), x.dtype()},
                             std::make_shared<Packing>(cpu(), group_size, bits), {x});
+}
+
+std::vector<array> append_packed(const std::vector<array>& buffers, const array& x, int row, int group_size,
+                                 int bits) {
+  if (x.ndim() != 4) refuse("x: expected (batch, heads, rows, dim)");
+  if (bits != 8 && bits != 4) refuse("bits: found ", bits, ", expected 8 or 4");
+  std::vector<mx::Shape> shapes = packed_shapes(x, group_size, bits);
+  if (buffers.size() != 3) refuse("buffers: found ", buffers.size(), ", expected words, scales and biases");
+  require_float("scales", buffers[1]);
+  if (buffers[0].dtype() != mx::uint32 || buffers[2].dtype() != buffers[1].dtype()) {
+    refuse("buffers: expected words in uint32, scales and biases in one dtype");
+  }
+  std::vector<mx::Dtype> dtypes;
+  for (size_t i = 0; i < 3; ++i) {
+    mx::Shape& shape = shapes[i];
+    if (buffers[i].ndim() == 4) shape[2] = buffers[0].shape(2);
+    if (buffers[i].shape() != shape) {
+      refuse("buffers: expected (batch, heads, rows, dim * bits / 32 or dim / group_size), all but the rows as x's");
+    }
+    dtypes.push_back(buffers[i].dtype());
+  }
+  if (row < 0 || x.shape(2) > shapes[0][2] - row) {
+    refuse("x: ", x.shape(2), " rows from ", row, " on, in a buffer of ", shapes[0][2]);
+  }
+  if (x.size() == 0) return buffers;
+  std::vector<array> inputs(buffers);
+  inputs.push_back(x);
+  return array::make_arrays(std::move(shapes), dtypes,
+                            std::make_shared<PackedAppend>(cpu(), row, group_size, bits), inputs);
 }
 
 array dequantize(const array& weight, const array& scales, const array& biases, int group_size,

@@ -24,6 +24,11 @@ mx::array rotate(const mx::array& x, const mx::array& periods, int offset);
 // dtype; in place where nobody else holds it. Numbers of float types, or words.
 mx::array append(const mx::array& buffer, const mx::array& x, int row);
 
+// The same, packed to words, scales and biases, 8 or 4 bits a number: the bits that `quantize` and three
+// appends give.
+std::vector<mx::array> append_packed(const std::vector<mx::array>& buffers, const mx::array& x, int row,
+                                     int group_size, int bits);
+
 // A matrix, keys or values: one array, or words, scales and biases where packed.
 using Arrays = std::vector<mx::array>;
 // The parts of a cache, of which the first `rows` of each hold something.

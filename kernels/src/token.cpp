@@ -126,28 +126,14 @@ class Pass {
 
   // Puts a row of keys or values where the cache has it.
   void keep(const float* rows, const Kept& to) {
-    size_t heads = model_.n_kv_heads, dim = model_.head_dim;
-    if (!to.bits) {
-      table_.append(heads_at(rows, heads), at_row(to.numbers), 0, heads);
-      return;
+    Heads x = heads_at(rows, model_.n_kv_heads);
+    if (to.bits) {
+      PackedBuffer packed{static_cast<uint32_t*>(to.numbers.data), to.scales.data, to.biases.data,
+                          to.scales.type, to.numbers.rows, token_.row, to.group, to.bits};
+      table_.append_packed(x, packed, 0, x.heads);
+    } else {
+      table_.append(x, {to.numbers.data, to.numbers.type, to.numbers.rows, token_.row}, 0, x.heads);
     }
-    size_t words = dim * to.bits / 32, groups = dim / to.group;
-    std::vector<float> packed(heads * (words + 2 * groups));
-    float *scales = packed.data() + heads * words, *biases = scales + heads * groups;
-    table_.quantize({rows, Type::f32, heads * groups, to.group, to.bits},
-                    {reinterpret_cast<uint32_t*>(packed.data()), scales, biases}, 0, heads * groups);
-    auto put = [&](const float* from, size_t n, const Buffer& buffer) {
-      auto step = ptrdiff_t(n);
-      table_.append({from, Type::f32, 1, heads, 1, n, step, step, step}, at_row(buffer), 0, heads);
-    };
-    put(packed.data(), words, to.numbers);
-    put(scales, groups, to.scales);
-    put(biases, groups, to.biases);
-  }
-
-  Buffer at_row(Buffer buffer) const {
-    buffer.row = token_.row;
-    return buffer;
   }
 
   Stored seen(const Kept& kept) const {

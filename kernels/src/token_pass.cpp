@@ -121,7 +121,7 @@ class PassedToken : public mx::Primitive {
       // What would seem to hold the buffers: operations under way, and each output its inputs.
       mx::synchronize(stream());
       for (array& out : outputs) {
-        if (&out.inputs() != &inputs) out.inputs().clear();
+        if (&out.inputs() != &inputs && !out.is_tracer()) out.inputs().clear();
       }
     }
     outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));

@@ -25,6 +25,7 @@ int main(int argc, char** argv) {
         check_rows(pool, chosen());
         check_rotation(pool, chosen());
         check_append(pool, chosen());
+        check_append_packed(pool, chosen());
         check_attention(pool, chosen());
         check_token(pool, chosen());
         check_packing(pool, chosen());

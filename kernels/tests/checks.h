@@ -11,6 +11,7 @@ void check_not_finite(Pool&, const Table&, float bad);
 void check_rows(Pool&, const Table&);
 void check_rotation(Pool&, const Table&);
 void check_append(Pool&, const Table&);
+void check_append_packed(Pool&, const Table&);
 void check_attention(Pool&, const Table&);
 // One query over a long cache keeps every thread busy, however many parts the rows are cut into.
 void check_sharing(const Table&);

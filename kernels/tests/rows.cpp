@@ -77,4 +77,41 @@ void check_append(Pool& pool, const Table& table) {
   }
 }
 
+// What `quantize` makes of the rows alone, its scales and biases in the buffer's type.
+void check_append_packed(Pool& pool, const Table& table) {
+  size_t batch = between(1, 2), heads = between(1, 5), m = between(1, 9), row = between(0, 5);
+  size_t rows = row + m + between(0, 5);
+  int bits = between(0, 1) ? 8 : 4, group = 32 << between(0, 2);
+  size_t groups = between(1, 20), dim = groups * group, words = dim * bits / 32;
+  Values x(any_type(), normals(batch * heads * m * dim));
+  Heads in = heads_of(x, batch, heads, m, dim, between(0, 1));
+  std::vector<uint32_t> found(batch * heads * rows * words), before, expected(words);
+  for (auto& word : found) word = random_bits();
+  before = found;
+  Type type = any_type();
+  std::vector<float> old = normals(batch * heads * rows * groups);
+  Values scales(type, old), biases(type, old);
+  append_packed(pool, table, in, {found.data(), scales.bytes.data(), biases.bytes.data(), type, rows, row, group, bits});
+  std::vector<char> steps(groups * size_of(x.type)), starts(steps);
+  for (size_t i = 0; i < batch * heads * rows; ++i) {
+    size_t at = i % rows, part = i / rows;
+    bool is_new = at >= row && at < row + m;
+    if (is_new) {
+      size_t from = part / heads * in.stride_batch + part % heads * in.stride_head + (at - row) * in.stride_row;
+      quantize(pool, table, {x.bytes.data() + from * size_of(x.type), x.type, groups, group, bits},
+               {expected.data(), steps.data(), starts.data()});
+    }
+    for (size_t k = 0; k < words; ++k) {
+      require(found[i * words + k], is_new ? expected[k] : before[i * words + k], 0, "appended words");
+    }
+    for (size_t g = 0; g < groups; ++g) {
+      for (auto [to, made] : {std::pair(&scales, &steps), std::pair(&biases, &starts)}) {
+        double number = is_new ? read(x.type, *made, g) : to->exact[i * groups + g];
+        double bound = is_new && x.type != type ? rounding(type, number) : 0;
+        require(read(type, to->bytes, i * groups + g), number, bound, "appended scales and biases");
+      }
+    }
+  }
+}
+
 }  // namespace mlk

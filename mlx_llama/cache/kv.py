@@ -250,15 +250,16 @@ class KVCache:
     def append(self, layer: int, k: mx.array, v: mx.array) -> View:
         """Store k, v (B, K, L, D) of one layer; return what their queries may see."""
         window, rows, n_tokens = self.window, self._layers[layer], k.shape[2]
-        new = self._stored(k, v)
+        bits, storage = self.bits if self._is_packed else UNPACKED, self.storage
         if self._is_straight or n_tokens == 1:
             # One token takes the row of the one that it no longer sees.
             row = window.row(window.offset)
-            held = rows.write(row, *new, n_rows=self._rows, storage=self.storage)
+            held = rows.append(row, k, v, bits, n_rows=self._rows, storage=storage)
             stop = window.offset + n_tokens if self._is_straight else self.capacity
             return View((held,), self._sight, (stop,))
         # What the first queries of the pass still see must not be overwritten by its last tokens.
-        new = self._pending[layer] = new[0].owned(self.storage), new[1].owned(self.storage)
+        new = Stored.kept(k, bits.keys, storage), Stored.kept(v, bits.values, storage)
+        self._pending[layer] = new
         n_held = window.n_rows
         if rows.keys is None or rows.values is None or n_held == 0:
             return View((new,), self._sight)
@@ -297,10 +298,6 @@ class KVCache:
                 self._layers[layer].write(row, *part, n_rows=self._rows, storage=self.storage)
         self._pending.clear()
         self.window.advance(n_tokens)
-
-    def _stored(self, k: mx.array, v: mx.array) -> tuple[Stored, Stored]:
-        bits = self.bits if self._is_packed else UNPACKED
-        return Stored.of(k, bits.keys), Stored.of(v, bits.values)
 
     def _sight_of(self, n_tokens: int) -> Sight:
         """Say what the queries of a pass of n_tokens see of the rows that `append` shows."""
@@ -431,8 +428,8 @@ class KVCache:
             assert layer.keys is not None  # a cache that must turn is full
             some = layer.keys.rows(start, stop)
             angles = angles_back(periods, positions[start:stop], delta)
-            turned = Stored.of(turn_back(some.dense(mx.float32), *angles), some.bits)
-            keys = layer.keys.with_rows(start, turned, self.storage)
+            turned = turn_back(some.dense(mx.float32), *angles)
+            keys = layer.keys.with_numbers(start, turned, self.storage)
             # No call stands between these two, so that no signal can come between them.
             layer.keys, self._done = keys, self._done + 1
             del some, turned, keys
@@ -443,7 +440,7 @@ class KVCache:
     def _pack(self) -> Iterator[None]:
         """Pack what was stored plain, one layer at a time."""
         while self._done < len(self._layers):
-            packed = self._layers[self._done].packed(self.bits)
+            packed = self._layers[self._done].packed(self.bits, self.storage)
             mx.eval(packed.arrays)
             self._layers[self._done] = packed
             self._done += 1

@@ -7,7 +7,7 @@ positions or masks.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -82,16 +82,25 @@ def put_rows(buffer: mx.array, new: mx.array, row: int) -> mx.array:
     return result
 
 
+def pack_rows(
+    buffers: Sequence[mx.array], new: mx.array, row: int, *, group_size: int, bits: int
+) -> Sequence[mx.array]:
+    """Return words, scales and biases with new (B, K, L, D) packed in their rows from `row` on."""
+    packed = mx.quantize(new, group_size=group_size, bits=bits)
+    return [put_rows(*each, row) for each in zip(buffers, packed, strict=True)]
+
+
 @dataclass(frozen=True, slots=True)
 class Storage:
     """How numbers are kept: `ops.cache_storage` chooses what suits the device.
 
     dtype: of plain numbers and of packed ones' scales; None leaves them as they come. put: as
-    `put_rows`; into float16 it must leave finite what is finite.
+    `put_rows`; into float16 it must leave finite what is finite. pack: as `pack_rows`, to its bits.
     """
 
     dtype: mx.Dtype | None = None
     put: Callable[[mx.array, mx.array, int], mx.array] = put_rows
+    pack: Callable[..., Sequence[mx.array]] = pack_rows
 
     def blank(self, like: mx.array, n_rows: int) -> mx.array:
         """Return a buffer of zeros for n_rows like those of an array (B, K, L, D)."""
@@ -128,6 +137,13 @@ class Stored:
             return cls((x,))
         group = group_size(x.shape[-1])
         return cls(tuple(mx.quantize(x, group_size=group, bits=bits)), bits, group)
+
+    @classmethod
+    def kept(cls, x: mx.array, bits: int, storage: Storage) -> Self:
+        """Store x as it is kept, which holds nothing else in memory."""
+        if storage.dtype is None:
+            return cls.of(x, bits).owned(storage)
+        return cls.of(x, bits).blank(x.shape[2], storage).with_numbers(0, x, storage)
 
     @property
     def n_rows(self) -> int:
@@ -180,6 +196,14 @@ class Stored:
         arrays = tuple(storage.put(mine, new, row) for mine, new in pairs)
         return type(self)(arrays, self.bits, self.group)
 
+    def with_numbers(self, row: int, x: mx.array, storage: Storage) -> Self:
+        """Return the same with x (B, K, L, D) in its rows from a row on, as `with_rows`."""
+        if self.bits == PLAIN:
+            arrays = [storage.put(self.arrays[0], x, row)]
+        else:
+            arrays = storage.pack(self.arrays, x, row, group_size=self.group, bits=self.bits)
+        return type(self)(tuple(arrays), self.bits, self.group)
+
     def _each(self, function: Callable[[mx.array], mx.array]) -> Self:
         return type(self)(tuple(map(function, self.arrays)), self.bits, self.group)
 
@@ -196,16 +220,27 @@ class Layer:
         """What is held in memory."""
         return [a for part in (self.keys, self.values) if part is not None for a in part.arrays]
 
+    def append(
+        self, row: int, k: mx.array, v: mx.array, bits: KVBits, *, n_rows: int, storage: Storage
+    ) -> tuple[Stored, Stored]:
+        """Put k, v (B, K, L, D) in place, in buffers of n_rows at least, which are returned."""
+        if self.keys is None or self.values is None:
+            keys, values = Stored.of(k, bits.keys), Stored.of(v, bits.values)
+            self.keys, self.values = keys.blank(n_rows, storage), values.blank(n_rows, storage)
+        self.grown(n_rows)
+        self.keys = self.keys.with_numbers(row, k, storage)
+        self.values = self.values.with_numbers(row, v, storage)
+        return self.keys, self.values
+
     def write(
         self, row: int, keys: Stored, values: Stored, *, n_rows: int, storage: Storage
-    ) -> tuple[Stored, Stored]:
-        """Put rows in place, in buffers of n_rows at least, which are returned."""
+    ) -> None:
+        """Put rows that are stored already in place, in buffers of n_rows at least."""
         if self.keys is None or self.values is None:
             self.keys, self.values = keys.blank(n_rows, storage), values.blank(n_rows, storage)
         self.grown(n_rows)
         self.keys = self.keys.with_rows(row, keys, storage)
         self.values = self.values.with_rows(row, values, storage)
-        return self.keys, self.values
 
     def grown(self, n_rows: int) -> tuple[Stored, Stored]:
         """Return the buffers, of n_rows at least; there must be some."""
@@ -230,12 +265,12 @@ class Layer:
         assert self.keys is not None and self.values is not None
         return Layer(self.keys.rows(0, n_rows), self.values.rows(0, n_rows))
 
-    def packed(self, bits: KVBits) -> Layer:
+    def packed(self, bits: KVBits, storage: Storage) -> Layer:
         """Return what is plain in so many bits."""
         if self.keys is None or self.values is None:
             return Layer()
-        keys, values = self.keys.arrays[0], self.values.arrays[0]
-        return Layer(Stored.of(keys, bits.keys), Stored.of(values, bits.values))
+        pairs = (self.keys, bits.keys), (self.values, bits.values)
+        return Layer(*(Stored.kept(rows.arrays[0], each, storage) for rows, each in pairs))
 
     def fork(self) -> Layer:
         """Return the same rows; either side copies them when it writes."""

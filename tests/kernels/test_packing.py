@@ -8,17 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels_oracle import INSTALLED, laid_out, layouts, many, needs_kernels, seeds, types
+from kernels_oracle import INSTALLED, bits_of, laid_out, layouts, many, needs_kernels, seeds, types
 from mlx_llama import ops
 from mlx_llama.config import QuantFormat
 
 BITS = [2, 3, 4, 5, 6, 8]
 GROUPS = [32, 64, 128]
 ODD = [np.nan, np.inf, -np.inf, 0.0, -0.0, 3e38, -3e38, 65504.0, 1e-40, -1e-45, 6e-8]
-
-
-def bits_of(array: mx.array) -> np.ndarray:
-    return np.array(array.view(mx.uint32 if array.dtype.size == 4 else mx.uint16))
 
 
 def numbers(random: np.random.Generator, rows: int, groups: int, group: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import mlx_llama
 from mlx_llama import ops
 from mlx_llama.cache import KVBits, KVCache
+from mlx_llama.cache.rows import Storage
 from mlx_llama.config import config_from_hf
 from mlx_llama.errors import OptionError
 from mlx_llama.memory import cache_bytes_per_token
@@ -143,6 +145,35 @@ def test_sessions_keep_what_their_options_say(
     )
     held = sum(a.nbytes for a in session.cache.arrays) // session.cache.rows
     assert held == cache_bytes_per_token(llama.config, session.cache.bits, mx.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "policy", [{}, {"slides": True, "keep": 4}, {"packed_from": 20}], ids=["full", "slides", "late"]
+)
+def test_packed_rows_are_to_the_bit_what_mlx_packs(policy: dict[str, Any]) -> None:
+    config = config_from_hf(random_model(CASE)[1], kind="llama2", is_tied=None)
+    config = replace(config, n_layers=2, head_dim=64, max_context=64)
+    native, bits = ops.cache_storage(mx.float32, KVBits(8, 4)), KVBits(8, 4)
+    ours, theirs = (
+        KVCache(config, capacity=48, bits=bits, storage=storage, **policy)
+        for storage in (native, Storage(native.dtype, native.put))
+    )
+    random = np.random.default_rng(0)
+    while ours.offset < (200 if ours.slides else 48):
+        n_tokens = min(int(random.integers(1, 9)), ours.pass_limit)
+        shape = (2, 2, 1, config.n_kv_heads, n_tokens, config.head_dim)
+        new = mx.array(random.normal(size=shape).astype(np.float32))
+        for cache in (ours, theirs):
+            cache.begin(n_tokens)
+            for layer, (k, v) in enumerate(new):
+                cache.append(layer, k, v)
+            cache.advance(n_tokens)
+        assert len(ours.arrays) == len(theirs.arrays) > 0
+        for found, expected in zip(ours.arrays, theirs.arrays, strict=True):
+            assert found.dtype == expected.dtype
+            assert mx.array_equal(found, expected)
+    assert ours.is_packed and ours.position < 64
 
 
 @needs_kernels

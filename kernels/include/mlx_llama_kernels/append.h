@@ -1,8 +1,9 @@
-// New rows of keys and values into a cache's buffer, in its element type.
+// New rows of keys and values into a cache's buffer: in its element type, or packed.
 #pragma once
 
 #include <cfloat>
 
+#include "mlx_llama_kernels/quantize.h"
 #include "mlx_llama_kernels/rows.h"
 
 namespace mlk::MLK_ISA {
@@ -29,6 +30,19 @@ static inline void store_some(F v, f16* to, size_t n) {
 #endif
 }
 
+// Writes n numbers in another element type.
+template <class S, class T>
+static inline void store_all(const S* from, size_t n, T* to) {
+  if constexpr (std::is_same_v<S, T>) {
+    __builtin_memcpy(to, from, n * sizeof *to);
+  } else {
+    for (size_t d = 0; d < n; d += W) {
+      size_t some = n - d < size_t(W) ? n - d : W;
+      store_some(load_some(from + d, some), to + d, some);
+    }
+  }
+}
+
 // Rows [row, row + x.m) of a buffer (batch, heads, rows, dim). Parts are (batch, head) pairs.
 static void append(const Heads& x, const Buffer& to, size_t first, size_t last) {
   for (size_t part = first; part < last; ++part) {
@@ -38,18 +52,42 @@ static void append(const Heads& x, const Buffer& to, size_t first, size_t last) 
       typed(to.type, [&](auto* t) {
         auto* row = static_cast<decltype(t)>(to.data) + begin + m * x.dim;
         typed(x.type, [&](auto* s) {
-          auto* numbers = static_cast<const std::remove_pointer_t<decltype(s)>*>(x.data) + from;
-          if constexpr (std::is_same_v<decltype(s), decltype(t)>) {
-            __builtin_memcpy(row, numbers, x.dim * sizeof *row);
-          } else {
-            for (size_t d = 0; d < x.dim; d += W) {
-              size_t n = x.dim - d < size_t(W) ? x.dim - d : W;
-              store_some(load_some(numbers + d, n), row + d, n);
-            }
-          }
+          store_all(static_cast<const std::remove_pointer_t<decltype(s)>*>(x.data) + from, x.dim, row);
         });
       });
     }
+  }
+}
+
+// The rows of one part, whose first group is the buffer's at-th: scales and biases are found and rounded
+// in their own type, then converted.
+template <int BITS, class T>
+static inline void append_packed_rows(const T* x, const Heads& like, const PackedBuffer& to, size_t at) {
+  const size_t in_row = like.dim / to.group, all = like.m * in_row;
+  T scales[W], biases[W];
+  for (size_t g = 0; g < all; g += W) {
+    auto from = [&](size_t i) {
+      return x + ptrdiff_t((g + i) / in_row) * like.stride_row + (g + i) % in_row * to.group;
+    };
+    size_t n = least(all - g, W), word = (at + g) * to.group * BITS / 32;
+    pack_some<BITS>(n, to.group, from, reinterpret_cast<char*>(to.words + word), scales, biases);
+    typed(to.type, [&](auto* t) {
+      store_all(scales, n, static_cast<decltype(t)>(to.scales) + at + g);
+      store_all(biases, n, static_cast<decltype(t)>(to.biases) + at + g);
+    });
+  }
+}
+
+// The same rows of a packed buffer, of 8 or 4 bits.
+static void append_packed(const Heads& x, const PackedBuffer& to, size_t first, size_t last) {
+  for (size_t part = first; part < last; ++part) {
+    size_t at = (part * to.rows + to.row) * (x.dim / to.group);
+    typed(x.type, [&](auto* t) {
+      auto* numbers = static_cast<const std::remove_pointer_t<decltype(t)>*>(x.data) +
+                      place(x, part / x.heads, part % x.heads, 0);
+      if (to.bits == 8) append_packed_rows<8>(numbers, x, to, at);
+      else append_packed_rows<4>(numbers, x, to, at);
+    });
   }
 }
 

@@ -87,24 +87,29 @@ static inline void pack_group(const T* x, int group, float scale, float bias, ch
   join<BITS>(numbers, group, words);
 }
 
+// Packs n groups, a vector of them at most; the numbers of the i-th stand at from(i).
+template <int BITS, class T, class From>
+static inline void pack_some(size_t n, int group, From from, char* words, T* scales, T* biases) {
+  float lows[W] = {}, highs[W] = {}, each_scale[W], each_bias[W];
+  T held[2][W];
+  for (size_t i = 0; i < n; ++i) ends(from(i), group, lows[i], highs[i]);
+  Grid grid = met_ends(load(lows), load(highs), (1 << BITS) - 1);
+  store(each_scale, grid.scale), store(each_bias, grid.bias);
+  put(held[0], grid.scale), put(held[1], grid.bias);
+  __builtin_memcpy(scales, held[0], n * sizeof(T));
+  __builtin_memcpy(biases, held[1], n * sizeof(T));
+  for (size_t i = 0; i < n; ++i) {
+    pack_group<BITS>(from(i), group, each_scale[i], each_bias[i], words + i * group / 8 * BITS);
+  }
+}
+
 template <int BITS, class T>
 static inline void pack_nearest(const Groups& g, const PackedGroups& to, size_t first, size_t last) {
-  auto* numbers = static_cast<const T*>(g.values);
-  auto* words = reinterpret_cast<char*>(to.words);
-  float lows[W] = {}, highs[W] = {}, scales[W], biases[W];
-  T held[2][W];
   for (; first < last; first += W) {
-    size_t n = last - first < size_t(W) ? last - first : W;
-    for (size_t i = 0; i < n; ++i) ends(numbers + (first + i) * g.group, g.group, lows[i], highs[i]);
-    Grid grid = met_ends(load(lows), load(highs), (1 << BITS) - 1);
-    store(scales, grid.scale), store(biases, grid.bias);
-    put(held[0], grid.scale), put(held[1], grid.bias);
-    __builtin_memcpy(static_cast<T*>(to.scales) + first, held[0], n * sizeof(T));
-    __builtin_memcpy(static_cast<T*>(to.biases) + first, held[1], n * sizeof(T));
-    for (size_t i = 0; i < n; ++i) {
-      size_t at = (first + i) * g.group;
-      pack_group<BITS>(numbers + at, g.group, scales[i], biases[i], words + at / 8 * BITS);
-    }
+    const T* numbers = static_cast<const T*>(g.values) + first * g.group;
+    pack_some<BITS>(least(last - first, W), g.group, [=](size_t i) { return numbers + i * g.group; },
+                    reinterpret_cast<char*>(to.words) + first * g.group / 8 * BITS,
+                    static_cast<T*>(to.scales) + first, static_cast<T*>(to.biases) + first);
   }
 }
 

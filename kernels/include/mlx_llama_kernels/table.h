@@ -65,6 +65,14 @@ struct Buffer {
   Type type;
   size_t rows, row;
 };
+// The same packed: words (batch, heads, rows, dim * bits / 32), and of each group a scale and a bias.
+struct PackedBuffer {
+  uint32_t* words;
+  void *scales, *biases;  // (batch, heads, rows, dim / group)
+  Type type;              // of scales and biases
+  size_t rows, row;
+  int group, bits;  // 8 or 4 bits
+};
 
 // Attention over stored rows, which come in parts: keys[i] and values[i], all stored alike.
 struct Attention {
@@ -122,6 +130,7 @@ struct Table {
   void (*rotate)(const Heads& x, const float* angles, void* y, size_t first, size_t last);
   // Parts are (batch, head) pairs. What is finite becomes no infinity in float16.
   void (*append)(const Heads& x, const Buffer& to, size_t first, size_t last);
+  void (*append_packed)(const Heads& x, const PackedBuffer& to, size_t first, size_t last);
   // Parts: see attention_parts; attention_joins of them, each of one or more, are joined at last.
   // scratch: attention_floats for each thread; partial: attention_partial_floats for all.
   size_t (*attention_parts)(const Attention&);
