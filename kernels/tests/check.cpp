@@ -29,6 +29,7 @@ int main(int argc, char** argv) {
         check_attention(pool, chosen());
         check_token(pool, chosen());
         check_packing(pool, chosen());
+        check_least_squares(chosen());
       }
       for (float bad : {std::nanf(""), HUGE_VALF, -HUGE_VALF}) check_not_finite(pool, chosen(), bad);
     }

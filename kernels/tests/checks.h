@@ -17,6 +17,8 @@ void check_attention(Pool&, const Table&);
 void check_sharing(const Table&);
 // Words, scales and biases bit for bit as MLX's CPU operations make them.
 void check_packing(Pool&, const Table&);
+// Words, scales and biases bit for bit as one number after the other gives them.
+void check_least_squares(const Table&);
 // A model's way with one token at once: the same numbers as by one operation after the other.
 void check_token(Pool&, const Table&);
 // After each operation the thread's vector registers must be as narrow code expects them.

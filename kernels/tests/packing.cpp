@@ -2,7 +2,7 @@
 #include <limits>
 
 #include "checks.h"
-#include "values.h"
+#include "grids.h"
 
 namespace mlk {
 
@@ -11,27 +11,20 @@ namespace {
 // MLX's own steps, one number at a time.
 struct Expected {
   std::vector<int> numbers;
-  float scale, bias;
+  Steps steps;
 
   Expected(const double* x, int group, int bits) {
     float low = std::numeric_limits<float>::infinity(), high = -low, most = float((1 << bits) - 1);
     for (int k = 0; k < group; ++k) {
       high = std::max(high, float(x[k])), low = std::min(low, float(x[k]));
     }
-    bool is_low = std::abs(low) > std::abs(high);
-    scale = std::max((high - low) / most, 1e-7f);
-    scale = is_low ? scale : -scale;
-    float edge = is_low ? low : high, steps = std::rint(edge / scale);
-    bias = 0;
-    if (steps != 0) scale = edge / steps, bias = edge;
+    steps = Steps::met(low, high, most);
     for (int k = 0; k < group; ++k) {
-      float number = std::rint((float(x[k]) - bias) / scale);
+      float number = std::rint((float(x[k]) - steps.bias) / steps.scale);
       numbers.push_back(std::isnan(number) ? 0 : int(std::min(std::max(number, 0.0f), most)));
     }
   }
 };
-
-bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
 
 // Groups of normal numbers, some of them of one value, of zeros, denormal, or with what is no number.
 std::vector<float> draw(size_t groups, int group) {
@@ -46,17 +39,6 @@ std::vector<float> draw(size_t groups, int group) {
     if (!between(0, 5)) own[between(0, group - 1)] = odd[between(0, 7)];
   }
   return x;
-}
-
-// As the type holds it: to nearest, ties to even.
-float kept(Type type, float value) {
-  if (type == Type::f32 || std::isnan(value)) return value;
-  if (type == Type::f16) return float(f16(value));
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
-  std::memcpy(&value, &bits, 4);
-  return value;
 }
 
 }  // namespace
@@ -76,17 +58,13 @@ void check_packing(Pool& pool, const Table& table) {
   dequantize(pool, table, a, back.data());
   for (size_t i = 0; i < groups; ++i) {
     Expected expected(&x.exact[i * group], group, bits);
-    float scale = kept(type, expected.scale), bias = kept(type, expected.bias);
+    auto [scale, bias] = expected.steps.kept_in(type);
     require(same(read(type, scales, i), scale), 1, 0, "scales");
     require(same(read(type, biases, i), bias), 1, 0, "biases");
     for (int k = 0; k < group; ++k) {
-      size_t bit = (i * group + k) * bits;
-      uint64_t both = words[bit / 32];
-      if (bit / 32 + 1 < words.size()) both |= uint64_t(words[bit / 32 + 1]) << 32;
-      int found = int(both >> bit % 32 & ((1u << bits) - 1));
+      int found = number_at(words, i * group + k, bits);
       require(found, expected.numbers[k], 0, "packed numbers");
-      volatile float product =  // not joined with the sum
-          kept(type, scale * float(found));
+      float product = apart(kept(type, scale * float(found)));
       require(same(read(type, back, i * group + k), kept(type, product + bias)), 1, 0,
               "unpacked numbers");
     }

@@ -32,6 +32,7 @@ void check_registers(const Table& table) {
   };
   for (int round = 0; round < 20; ++round) left(check_product), left(check_rows);
   for (int round = 0; round < 20; ++round) left(check_rotation), left(check_attention);
+  for (int round = 0; round < 20; ++round) left([](Pool&, const Table& t) { check_least_squares(t); });
   for (int round = 0; round < 20; ++round) left(check_packing), left(check_append_packed);
 }
 
