@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from mlx_llama.errors import OptionError
+from mlx_llama.errors import OptionError, is_ctrl_c
 from mlx_llama.options import INT8, ContextOptions, LoadOptions
-from mlx_llama.strict_json import json_text
 from mlx_llama_apps import paths
 from mlx_llama_apps.bench.asked import LLAMA_CPP, CaseFlags, PeerFlags, Rival, check_model
 from mlx_llama_apps.bench.scratch import work_folder
@@ -49,7 +48,7 @@ def bench(
 ) -> None:
     """Measure how fast a model reads prompts (pp) and generates (tg), as llama-bench does.
 
-    Ctrl-C ends it; the tests that were done are printed.
+    Ctrl-C ends it; the tests that were done are printed, and which were not.
 
     Parameters
     ----------
@@ -72,25 +71,21 @@ def bench(
     if as_json and markdown:
         raise OptionError("--json and --markdown: give one of them")
     rival = peer_flags.rival()
-    with ExitStack() as stack:
+    with _told(as_json=as_json, as_markdown=markdown) as found, ExitStack() as stack:
         status = stack.enter_context(StatusLine(after_s=0.3))
         directory = _directory(stack, model, shape, bits, status)
-        cases = case_flags.cases(directory.config.max_context)
+        cases = found.cases = case_flags.cases(directory.config.max_context)
         options = replace(cache_options, context=max(case.context for case in cases))
-        report = _report(directory, shape, load_options, status)
+        report = found.report = _report(directory, shape, load_options, status)
         report.model |= {
             "kv_bits": str(options.kv_bits),
             "kv_dtype": _cache_dtype(directory, load_options, options),
             "prefill_chunk": options.prefill_chunk,
         }
         ours, peers = _engines(stack, directory, rival, load_options, options, status)
-        try:
-            _measure(report, [ours, *peers], cases, case_flags.repetitions, status)
-            if load_options.activations == INT8:
-                report.rounding = ours.cost_of_rounding(status)
-        finally:  # what was done is not lost with an interrupt, or a peer that fails
-            status.close()
-            _tell(report, len(cases), as_json=as_json, as_markdown=markdown)
+        _measure(report, [ours, *peers], cases, case_flags.repetitions, status)
+        if load_options.activations == INT8:
+            report.rounding = ours.cost_of_rounding(status)
 
 
 def _directory(
@@ -104,18 +99,41 @@ def _directory(
     return open_model_directory(stack.enter_context(_random_model(shape, bits or 4, status)))
 
 
-def _tell(report: Report, n_cases: int, *, as_json: bool, as_markdown: bool) -> None:
-    """Print what was measured, if anything was."""
+@dataclass(slots=True)
+class _Found:
+    """What is to be measured, as far as that is known, and what was."""
+
+    cases: Sequence[Case] = ()
+    report: Report | None = None
+
+    def left(self) -> str:
+        """Say which tests were done, and which were not."""
+        if self.report is None:
+            return "no test was done"
+        done = len(self.report.rows)
+        missing = [case.name for case in self.cases[done:]]
+        if self.report.model["activations"] == INT8:  # they are measured last
+            missing.append("what rounded activations cost")
+        return f"{done} of {len(self.cases)} tests were done, not {', '.join(missing)}"
+
+
+@contextmanager
+def _told(*, as_json: bool, as_markdown: bool) -> Iterator[_Found]:
+    """Print at the end what was measured; an interrupt, or a peer that fails, costs none of it."""
     from mlx_llama_apps.bench import table
 
-    if not report.rows:
-        return
-    if as_json:
-        print(json_text(table.as_json(report), indent=2))
-    else:
-        table.show(report, as_markdown=as_markdown)
-    if len(report.rows) < n_cases:
-        remark(f"{len(report.rows)} of {n_cases} tests were done")
+    found = _Found()
+    try:
+        yield found
+    except BaseException as error:
+        if found.report is not None and found.report.rows:
+            table.show(found.report, as_json=as_json, as_markdown=as_markdown)
+            remark(found.left())
+        elif is_ctrl_c(error):
+            remark(found.left())
+        raise
+    assert found.report is not None
+    table.show(found.report, as_json=as_json, as_markdown=as_markdown)
 
 
 @contextmanager

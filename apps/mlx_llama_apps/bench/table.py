@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlx_llama.options import PLAIN_BITS
+from mlx_llama.strict_json import json_text
 from mlx_llama_apps.bench.cases import Row
 from mlx_llama_apps.inference import slower
 from mlx_llama_apps.terminal import size, visible, write_line
@@ -59,7 +60,7 @@ class Report:
         return None if rate is None or most is None else rate / most
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def json_of(report: Report) -> dict[str, Any]:
     """Return the report as JSON holds it: bytes, seconds, tokens per second."""
     return {
         "model": report.model,
@@ -97,8 +98,11 @@ def _test(report: Report, row: Row) -> dict[str, Any]:
     return found
 
 
-def show(report: Report, *, as_markdown: bool) -> None:
-    """Print the table with what it needs to be understood."""
+def show(report: Report, *, as_json: bool = False, as_markdown: bool = False) -> None:
+    """Print the table with what it needs to be understood, or all as JSON."""
+    if as_json:
+        print(json_text(json_of(report), indent=2))
+        return
     header, rows = _columns(report), [_cells(report, row) for row in report.rows]
     kept = [n for n in range(len(header)) if any(row[n] for row in rows)]  # no empty columns
     cells = [[line[n] for n in kept] for line in (header, *rows)]

@@ -13,8 +13,9 @@ import mlx.core as mx
 import pytest
 
 from bench_peer import peer
-from mlx_llama import ops
+from mlx_llama import native, ops
 from mlx_llama.cache.rows import KVBits
+from mlx_llama.config import QuantFormat
 from mlx_llama_apps.bench import machine
 from mlx_llama_apps.bench.cases import Case, Row, Sample, cases_of
 from mlx_llama_apps.bench.scratch import work_folder
@@ -184,7 +185,7 @@ def test_a_peer_that_fails_is_told_in_one_line_and_nothing_is_lost(
     assert main(["bench", str(base_model), *FEW, *asked]) == 1
     captured = capsys.readouterr()
     assert "--against mlx-lm: no such memory" in captured.err
-    assert "1 of 2 tests were done" in captured.err
+    assert "1 of 2 tests were done, not tg4" in captured.err
     assert re.search(r"^pp8 .*100\.0", captured.out, re.MULTILINE)
 
 
@@ -307,8 +308,43 @@ def test_ctrl_c_prints_what_was_done_and_leaves_nothing_behind(tmp_path: Path, h
     out, errors = interrupt(process, at="now")
     assert process.returncode == 130
     assert re.search(r"^pp8 +\d", out, re.MULTILINE)
-    assert errors == "1 of 2 tests were done\n"
+    assert errors == "1 of 2 tests were done, not tg4\n"
     assert list((home / "cache" / "bench").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "where", "told"),
+    [
+        ("random_model", "write_random_model", "no test was done"),
+        ("ours", "OurEngine.run", "0 of 2 tests were done, not pp8, tg4"),
+        (
+            "ours",
+            "OurEngine.cost_of_rounding",
+            "2 of 2 tests were done, not what rounded activations cost",
+        ),
+    ],
+)
+def test_ctrl_c_says_which_tests_were_not_done(
+    tmp_path: Path, home: Path, module: str, where: str, told: str
+) -> None:
+    """Before the first test was over it said nothing."""
+    slow = (
+        "import sys, time\n"
+        "from mlx_llama_apps import bench\n"
+        f"from mlx_llama_apps.bench import machine, ours, {module}\n"
+        "machine.measured_bandwidth = lambda **_: None\n"
+        f"{module}.{where} = lambda *a: (print('now', flush=True), time.sleep(30))\n"
+        "from mlx_llama_apps.main import main\n"
+        "sys.exit(main())\n"
+    )
+    asked = ["--activations", "int8"] if "rounding" in where else []
+    if asked and not native.takes_bytes(QuantFormat(4, 32)):
+        pytest.skip("no activations are rounded here")
+    process = start(slow, "bench", "--shape", "15m", *FEW, "--depth", "0", *asked, home=home)
+    out, errors = interrupt(process, at="now")
+    assert process.returncode == 130
+    assert errors == f"{told}\n"
+    assert bool(out) == bool(asked)
 
 
 def test_rows_have_means_deviations_and_the_median_of_ratios() -> None:
