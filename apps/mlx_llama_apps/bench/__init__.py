@@ -70,6 +70,8 @@ def bench(
     case_flags.check()
     if as_json and markdown:
         raise OptionError("--json and --markdown: give one of them")
+    if shape is not None:
+        _check_shape(shape, bits or 4, case_flags, load_options, cache_options)
     rival = peer_flags.rival()
     with _told(as_json=as_json, as_markdown=markdown) as found, ExitStack() as stack:
         status = stack.enter_context(StatusLine(after_s=0.3))
@@ -86,6 +88,18 @@ def bench(
         _measure(report, [ours, *peers], cases, case_flags.repetitions, status)
         if load_options.activations == INT8:
             report.rounding = ours.cost_of_rounding(status)
+
+
+def _check_shape(
+    shape: str, bits: int, case_flags: CaseFlags, load: LoadOptions, options: ContextOptions
+) -> None:
+    """Raise OptionError for what a model of random weights could not do, before it is made."""
+    from mlx_llama_apps.bench.random_model import require, with_bits
+    from mlx_llama_apps.bench.shapes import shape_named
+
+    config = with_bits(shape_named(shape), bits)
+    cases = case_flags.cases(config.max_context)
+    require(config, load, replace(options, context=max(case.context for case in cases)))
 
 
 def _directory(

@@ -86,10 +86,10 @@ class Row:
         """Return the mean of the rates."""
         return fmean(self.rates(engine))
 
-    def deviation(self, engine: str) -> float:
-        """Return the sample's standard deviation of the rates; 0 for one repetition."""
+    def deviation(self, engine: str) -> float | None:
+        """Return the sample's standard deviation of the rates; None for one repetition."""
         rates = self.rates(engine)
-        return stdev(rates) if len(rates) > 1 else 0.0
+        return stdev(rates) if len(rates) > 1 else None
 
     def first_token_s(self, engine: str) -> float | None:
         """Return the mean time to the first token behind a prompt."""

@@ -19,8 +19,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_llama import ops
 from mlx_llama.config import ModelConfig, QuantFormat, config_to_hf
+from mlx_llama.context import plan_context
 from mlx_llama.kinds import kind_named
+from mlx_llama.options import ContextOptions, LoadOptions
+from mlx_llama.rope import with_linear_scaling
 from mlx_llama.safetensors_writer import Entry, SafetensorsWriter, entry_nbytes
 from mlx_llama.tokenizer import open_tokenizer
 from mlx_llama.tokenizer.bpe import N_SPECIAL
@@ -29,7 +33,7 @@ from mlx_llama_apps.bench.scratch import require_room
 from mlx_llama_convert.tokenizer_files import write_tokenizer_files
 
 NUMBERS_AT_ONCE = 1 << 22
-DENSE_BITS = 16
+DENSE, DENSE_BITS = "bfloat16", 16
 GROUPS = (64, 32)
 
 OnBytes = Callable[[int, int], None]
@@ -42,6 +46,16 @@ def with_bits(shape: ModelConfig, bits: int) -> ModelConfig:
     widths = (shape.dim, shape.hidden_dim, shape.n_heads * shape.head_dim)
     group = next(size for size in GROUPS if not any(width % size for width in widths))
     return replace(shape, quantization=QuantFormat(bits, group))
+
+
+def require(config: ModelConfig, load: LoadOptions, context: ContextOptions) -> None:
+    """Raise OptionError for options that a model of random weights has no use for."""
+    forms = [] if config.quantization is None else [config.quantization]
+    ops.choose_activations(forms, asked=load.activations)
+    if load.rope_linear is not None:
+        config = with_linear_scaling(config, load.rope_linear)
+    dtype = ops.compute_dtype(DENSE, is_quantized=bool(forms), asked=load.dtype)
+    plan_context(context, config, dtype=dtype)
 
 
 def write_random_model(folder: Path, config: ModelConfig, on_bytes: OnBytes | None = None) -> Path:
@@ -93,13 +107,13 @@ def _entries(name: str, config: ModelConfig) -> list[Entry]:
     """Return what the file holds of one of Meta's tensors."""
     module, shape, form = hf_module(name), tensor_shapes(config)[name], config.quantization
     if form is None or not is_matrix(name):
-        return [(f"{module}.weight", "bfloat16", shape)]
+        return [(f"{module}.weight", DENSE, shape)]
     rows, columns = shape
     groups = (rows, columns // form.group_size)
     return [
         (f"{module}.weight", "uint32", (rows, columns * form.bits // 32)),
-        (f"{module}.scales", "bfloat16", groups),
-        (f"{module}.biases", "bfloat16", groups),
+        (f"{module}.scales", DENSE, groups),
+        (f"{module}.biases", DENSE, groups),
     ]
 
 

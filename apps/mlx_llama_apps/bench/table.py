@@ -167,8 +167,9 @@ def _about(report: Report) -> Iterator[str]:
     if model["kv_bits"] not in PLAIN_BITS:
         theirs = "" if report.peer is None else f" ({report.peer}'s is not packed)"
         runs += f"; the cache in {model['kv_bits']} bits{theirs}"
-    elif model["kv_dtype"] != model["dtype"]:
-        theirs = f" (mlx-lm's in {model['dtype']})" if report.peer == "mlx-lm" else ""
+    else:
+        is_other = report.peer == "mlx-lm" and model["kv_dtype"] != model["dtype"]
+        theirs = f" (mlx-lm's in {model['dtype']})" if is_other else ""
         runs += f"; the cache in {model['kv_dtype']}{theirs}"
     if model["prefill_chunk"] is not None:
         runs += f"; prompts in slices of {model['prefill_chunk']}"
@@ -233,7 +234,8 @@ def _cells(report: Report, row: Row) -> list[str]:
 def _mean(row: Row, engine: str) -> str:
     mean = row.mean(engine)
     digits = 0 if mean >= 1000 else 1 if mean >= 100 else 2
-    return f"{mean:.{digits}f} ± {row.deviation(engine):.{digits}f}"
+    deviation = row.deviation(engine)
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
 def _size(nbytes: int | None) -> str:

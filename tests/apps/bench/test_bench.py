@@ -16,7 +16,7 @@ from bench_peer import peer
 from mlx_llama import native, ops
 from mlx_llama.cache.rows import KVBits
 from mlx_llama.config import QuantFormat
-from mlx_llama_apps.bench import machine
+from mlx_llama_apps.bench import machine, random_model
 from mlx_llama_apps.bench.cases import Case, Row, Sample, cases_of
 from mlx_llama_apps.bench.scratch import work_folder
 from mlx_llama_apps.main import main
@@ -45,6 +45,22 @@ def test_rows_are_those_of_llama_bench(
     assert names[:4] == ["pp8", "tg4", "pp8 @ d16", "tg4 @ d16"]
     assert all(re.search(r"\d ± \d", row) for row in rows[:4])
     assert "memory reads 1.0 GB/s, as measured" in captured.out
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [("16", "float16"), ("32", "float32")])
+def test_one_repetition_has_no_deviation_and_the_cache_is_named(
+    base_model: Path, capsys: pytest.CaptureFixture[str], bits: str, dtype: str
+) -> None:
+    """It said ± 0, and with --kv-bits 32 nothing of the cache."""
+    asked = ["--kv-bits", bits, "--depth", "0", "--repetitions", "1", *FEW[:4]]
+    assert main(["bench", str(base_model), *asked]) == 0
+    out = capsys.readouterr().out
+    assert "±" not in out
+    without = ops.kernels() is None
+    assert f"; the cache in {'float32' if without else dtype}; " in out
+    assert main(["bench", str(base_model), *asked, "--json"]) == 0
+    test = json.loads(capsys.readouterr().out)["tests"][0]["engines"]["mlx-llama"]
+    assert test["deviation"] is None and len(test["repetitions"]) == 1
 
 
 def test_json_holds_the_numbers_of_the_table(
@@ -114,6 +130,11 @@ REFUSALS = [
     (["MODEL", "--bits", "4"], 2, "--bits: does nothing without --shape"),
     (["--shape", "15x"], 2, "--shape: found '15x', expected one of llama-1-7b"),
     (["--shape", "15m", "--bits", "7"], 2, "--bits: found 7, expected one of 2, 3"),
+    (["--shape", "15m", "--bits", "16", "--activations", "int8"], 2, "--activations int8: "),
+    (["--shape", "15m", "--dtype", "float16", "--kv-bits", "32"], 2, "--kv-bits 32: the model"),
+    (["--shape", "15m", "--kv-bits", "8"], 2, "heads of 48 numbers cannot be packed"),
+    (["--shape", "15m", "--depth", "9000"], 2, "--depth 9000: with 512 tokens behind it"),
+    (["--shape", "llama-3.2-1b", "--rope-linear", "2"], 2, "--rope-linear"),
     (["MODEL", "--prompt", "0", "--generate", "0"], 2, "nothing to measure"),
     (["MODEL", "--prompt", "-1"], 2, "--prompt: found -1, expected 0 or more"),
     (["MODEL", "--repetitions", "0"], 2, "--repetitions: found 0, expected 1 to 1000"),
@@ -138,7 +159,9 @@ def test_what_cannot_work_is_refused_in_one_line(
     message: str,
     base_model: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(random_model, "write_random_model", None)  # nothing is made before
     given = [str(base_model) if word == "MODEL" else word for word in arguments]
     assert main(["bench", *given]) == code
     captured = capsys.readouterr()
