@@ -1,7 +1,7 @@
 """llama.cpp as a peer, through llama-cpp-python: run by the interpreter that has it, as a program.
 
-Takes a GGUF file, a number of threads (0: as many as it likes) and the longest context. Says when
-it is ready, then answers each test, a line of JSON, with a line of JSON.
+Takes a GGUF file, a number of threads and the longest context. Says when it is ready, then answers
+each test, a line of JSON, with a line of JSON.
 """
 
 import ctypes
@@ -42,8 +42,7 @@ class LlamaCpp:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = context
         params.n_batch = params.n_ubatch = BATCH
-        if threads:
-            params.n_threads = params.n_threads_batch = threads
+        params.n_threads = params.n_threads_batch = threads
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         if not self.context:
             raise SystemExit(f"{path}: llama.cpp makes no context of {context} tokens")

@@ -20,6 +20,7 @@ from typing import IO, Any
 from mlx_llama.errors import MlxLlamaError, OptionError
 from mlx_llama_apps.bench.cases import Case, Engine, Sample
 from mlx_llama_apps.bench.machine import peak_of
+from mlx_llama_apps.inference import processors
 
 MLX_LM, LLAMA_CPP = PEERS = ("mlx-lm", "llama.cpp")
 MODULES = {MLX_LM: "mlx_lm", LLAMA_CPP: "llama_cpp"}
@@ -56,13 +57,17 @@ def find_peer(name: str, given: str | None) -> str:
 def open_peer(
     name: str, program: str, model: Path, *, dtype: str, threads: int | None, context: int
 ) -> Engine:
-    """Start a peer on a model and wait until it is loaded; MlxLlamaError when it fails."""
+    """Start a peer on a model and wait until it is loaded; MlxLlamaError when it fails.
+
+    threads: None is every processor, as this project takes them. llama.cpp's library would take
+    four, and wait for itself where there are fewer; llama-bench counts by itself.
+    """
     if name == LLAMA_CPP and Path(program).name.startswith(LLAMA_BENCH):
         return LlamaBench(program, model, threads)
     if name == MLX_LM:
         arguments = [str(model), dtype]
     else:
-        arguments = [str(model), str(threads or 0), str(context)]
+        arguments = [str(model), str(threads or processors()), str(context)]
     script = Path(__file__).with_name(PROGRAMS[name])
     return PeerProcess(name, [program, "-P", str(script), *arguments])
 

@@ -19,6 +19,7 @@ from mlx_llama.config import QuantFormat
 from mlx_llama_apps.bench import machine, random_model
 from mlx_llama_apps.bench.cases import Case, Row, Sample, cases_of
 from mlx_llama_apps.bench.scratch import work_folder
+from mlx_llama_apps.inference import processors
 from mlx_llama_apps.main import main
 from processes import interrupt, start
 from tiny_models import write_model
@@ -198,6 +199,21 @@ def test_a_peer_runs_in_turns_on_the_same_weights_and_ratios_are_told(
         )
     assert main(["bench", str(base_model), *FEW, *asked]) == 0
     assert re.search(r"mlx-lm +ratio", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("asked", "threads"), [([], processors()), (["--threads", "1"], 1)])
+def test_llama_cpp_computes_by_as_many_threads_as_this_project(
+    base_model: Path, tmp_path: Path, asked: list[str], threads: int
+) -> None:
+    """It took four by itself, and waited for itself on two processors."""
+    if asked and ops.kernels() is None:
+        pytest.skip("nothing here has threads to count")
+    log, file = tmp_path / "log", tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    program = peer(tmp_path, f"open({str(log)!r}, 'w').write(sys.argv[-2])")
+    asked = ["--against", "llama.cpp", "--peer", program, "--peer-model", str(file), *asked]
+    assert main(["bench", str(base_model), *FEW, *asked, "--depth", "0"]) == 0
+    assert log.read_text(encoding="utf-8") == str(threads)
 
 
 def test_a_peer_that_fails_is_told_in_one_line_and_nothing_is_lost(
