@@ -141,7 +141,7 @@ class Sampler:
         logits = self._penalized(logits)
         temperature = self._options.temperature or 0.0
         if temperature < LEAST_TEMPERATURE:
-            token = mx.argmax(logits, keepdims=True)
+            token = ops.likeliest(logits)
         else:
             kept = keep_likeliest(
                 logits / temperature,
@@ -151,7 +151,7 @@ class Sampler:
             )
             # A key of seed and count needs no state that the graph would have to carry.
             key = mx.array([self._options.seed or 0, self._draws], dtype=mx.uint32)
-            token = mx.random.categorical(kept[None], key=key)
+            token = ops.draw(kept, key)
         self._draws += 1
         if self._counts is not None:
             self._counts = self._counts.at[token].add(1.0)

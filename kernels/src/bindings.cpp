@@ -58,6 +58,11 @@ NB_MODULE(_kernels, m) {
         "Packed numbers (..., in * bits / 32) as (..., in) of the scales' dtype, the bits of mx.dequantize.");
   m.def("keep_likeliest", &mlk::graph::keep_likeliest, "scores"_a, "top_k"_a, "top_p"_a, "min_p"_a,
         "scores (V,) float32, minus infinity for all but the likeliest, without sorting them.");
+  m.def("likeliest", &mlk::graph::likeliest, "scores"_a,
+        "The first of the largest scores (V,) float32 -> (1,) uint32.");
+  m.def("draw", &mlk::graph::draw, "scores"_a, "key"_a,
+        "The token that mx.random.categorical draws from a row of scores (V,) float32 with a key (2,) uint32\n"
+        "-> (1,) uint32, but for rounding.");
   m.def("file_array", &mlk::graph::file_array, "path"_a, "offset"_a, "shape"_a, "dtype"_a,
         "A tensor that lies in a file, read when it is evaluated; RuntimeError where it cannot be.");
   m.def("join_rows", &mlk::graph::join_rows, "arrays"_a,

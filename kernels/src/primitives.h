@@ -49,6 +49,10 @@ mx::array dequantize(const mx::array& weight, const mx::array& scales, const mx:
                      int group_size, int bits);
 // scores (V,) float32, minus infinity for what is not among the likeliest.
 mx::array keep_likeliest(const mx::array& scores, int top_k, double top_p, double min_p);
+// The first of the largest scores (V,) float32, and the one that MLX's random.categorical draws with a
+// key (2,) uint32: (1,) uint32.
+mx::array likeliest(const mx::array& scores);
+mx::array draw(const mx::array& scores, const mx::array& key);
 // Packs values (out, in) with scales and biases of less squared error than the nearest: words, scales,
 // biases. Done at once, by the calling thread.
 std::vector<mx::array> least_squares(mx::array values, int group_size, int bits, float cut, int rounds);

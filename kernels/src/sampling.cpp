@@ -4,7 +4,6 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <memory>
 #include <vector>
 
 #define MLK_ISA sampling
@@ -84,8 +83,9 @@ void keep_likeliest(const float* scores, size_t n, const Choice& choice, float* 
                        [&](double above) { return above < double(choice.top_k); });
   }
   if (choice.top_p < 1) {
-    auto weights = std::make_unique_for_overwrite<float[]>(n);
-    weigh(scores, n, largest, weights.get());
+    thread_local std::vector<float> weights;  // new memory for each token costs half of the time
+    weights.resize(n);
+    weigh(scores, n, largest, weights.data());
     auto weight = [&](size_t i) { return double(weights[i]); };
     float from = std::max(least, near);
     double total = 0;
@@ -95,6 +95,69 @@ void keep_likeliest(const float* scores, size_t n, const Choice& choice, float* 
   }
   if (choice.min_p > 0) least = std::max(least, largest + float(std::log(choice.min_p)));
   for (size_t i = 0; i < n; ++i) kept[i] = scores[i] >= least ? scores[i] : -INFINITY;
+}
+
+size_t likeliest(const float* scores, size_t n) {
+  F some[4];
+  for (F& most : some) most = all(-std::numeric_limits<float>::infinity());
+  size_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    for (int k = 0; k < 4; ++k) {
+      F score = load(scores + i + k * W);
+      some[k] = score > some[k] ? score : some[k];
+    }
+  }
+  float most = -std::numeric_limits<float>::infinity();
+  for (; i < n; ++i) most = scores[i] > most ? scores[i] : most;
+  for (const F& vector : some) {
+    for (int lane = 0; lane < W; ++lane) most = vector[lane] > most ? vector[lane] : most;
+  }
+  const float* found = std::find(scores, scores + n, most);
+  return found == scores + n ? 0 : size_t(found - scores);
+}
+
+namespace {
+
+// Threefry 2x32 of 20 rounds (Salmon et al., 2011), which MLX draws by.
+struct Pair {
+  uint32_t first, second;
+};
+Pair threefry(const uint32_t key[2], uint32_t first, uint32_t second) {
+  constexpr int TURNS[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
+  const uint32_t keys[] = {key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDAu};
+  first += keys[0], second += keys[1];
+  for (uint32_t round = 0; round < 5; ++round) {
+    for (int turn : TURNS[round % 2]) {
+      first += second;
+      second = (second << turn | second >> (32 - turn)) ^ first;
+    }
+    first += keys[(round + 1) % 3], second += keys[(round + 2) % 3] + round + 1;
+  }
+  return {first, second};
+}
+
+}  // namespace
+
+size_t draw(const float* scores, size_t n, const uint32_t key[2]) {
+  const size_t best = likeliest(scores, n);
+  if (!std::isfinite(scores[best])) return best;
+  // Where few may be drawn, few are weighed.
+  std::vector<uint32_t> tokens;
+  std::vector<float> weights;
+  for (size_t i = 0; i < n; ++i) {
+    if (scores[i] > -INFINITY) tokens.push_back(uint32_t(i)), weights.push_back(scores[i]);
+  }
+  weigh(weights.data(), weights.size(), scores[best], weights.data());
+  double total = 0, up_to = 0;
+  for (float weight : weights) total += weight;
+  double wanted = threefry(key, 0, 0).first * 0x1p-32 * total;
+  size_t drawn = best;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    if (weights[i] == 0) continue;
+    drawn = tokens[i], up_to += weights[i];
+    if (up_to >= wanted) break;
+  }
+  return drawn;
 }
 
 }  // namespace mlk

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace mlk {
 
@@ -15,5 +16,12 @@ struct Choice {
 // kept: the scores that are chosen, minus infinity for the others. The likeliest always stays; where
 // one is not a number, or the largest not finite, all do.
 void keep_likeliest(const float* scores, size_t n, const Choice& choice, float* kept);
+
+// The first of the largest scores; those that are no numbers are passed over. n is at least 1.
+size_t likeliest(const float* scores, size_t n);
+
+// Draws by the scores as logarithms of weights: with a uniform number of the key, the first token up to
+// which so much of all weights stands, as MLX's random.categorical does, but for rounding.
+size_t draw(const float* scores, size_t n, const uint32_t key[2]);
 
 }  // namespace mlk

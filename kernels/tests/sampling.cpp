@@ -44,6 +44,11 @@ void check_likeliest() {
       if (scores[i] < bounds[1] && scores[i] > largest - 80) require(is_kept, 0, 0, "an unlikely token dropped");
     }
     require(*std::max_element(kept.begin(), kept.end()), largest, 0, "the likeliest token");
+    auto first = std::max_element(scores.begin(), scores.end()) - scores.begin();
+    require(likeliest(scores.data(), n), first, 0, "the first of the likeliest");
+    uint32_t key[] = {uint32_t(random_bits()), uint32_t(random_bits())};
+    size_t drawn = draw(kept.data(), n, key);
+    require(drawn < n && std::isfinite(kept[drawn]), 1, 0, "a token that may be drawn");
   }
 }
 
