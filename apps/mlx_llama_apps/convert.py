@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mlx_llama_quantize.certificate import Request
     from mlx_llama_quantize.sensitivity import SurveyRequest
 
+PACKING = "packing"  # the part of the work that is always there
 MAX_THREADS = 8  # packing is bound by memory beyond that
 
 
@@ -76,16 +77,6 @@ class Care:
     calibration: CalibrationRequest | None
     survey: SurveyRequest | None
     stages: Stages
-
-    @property
-    def work(self) -> list[str]:
-        """What takes time beside packing."""
-        stages = (
-            ("measuring", self.survey),
-            ("calibrating", self.calibration),
-            ("comparing", self.certificate.text),
-        )
-        return [what for what, asked in stages if asked is not None]
 
 
 def build(
@@ -143,7 +134,8 @@ def _announce(
         kept=walk and (walk.states, walk_bytes(plan)),
     )
     if dry_run or not quiet:
-        for line in [*plan_lines(plan, target), needs_line(needs, care.work if care else ())]:
+        parts = [PACKING] if care is None else care.stages.parts
+        for line in [*plan_lines(plan, target), needs_line(needs, parts)]:
             write_line(line, sys.stdout if dry_run else sys.stderr)
     needs.check(target)
 
@@ -206,7 +198,7 @@ def _carry_out(
     with (
         byte_bar("converting", is_quiet=quiet)
         if care is None
-        else nullcontext(care.stages.of("packing"))
+        else nullcontext(care.stages.of(PACKING))
     ) as on_progress:
         convert_checkpoint(
             plan,
@@ -238,14 +230,16 @@ def thread_count() -> int:
     return min(os.cpu_count() or 1, MAX_THREADS)
 
 
-def needs_line(needs: Needs, more: Sequence[str] = ()) -> str:
+def needs_line(needs: Needs, parts: Sequence[str]) -> str:
     """Say what the conversion takes and what the machine has.
 
-    more: stages beside packing, which say themselves how long they will take.
+    parts: of the work; those beside packing say themselves how long they will take.
     """
     free = "" if needs.memory_found is None else f" ({size(needs.memory_found)} free)"
     seconds = f"{needs.seconds:.0f} s" if needs.seconds >= 1 else "a second"
-    besides = f" of packing, {' and '.join(more)} besides (each says how long)" if more else ""
+    besides = ""
+    if more := ", ".join(part for part in parts if part != PACKING):
+        besides = f" for {PACKING} alone (the time of {more} is told on the way)"
     return (
         f"needs     {size(needs.memory)} of memory{free}, {size(needs.disk)} of disk "
         f"({size(needs.disk_found)} free), about {seconds}{besides}"

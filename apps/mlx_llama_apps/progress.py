@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
 
@@ -89,17 +89,21 @@ def prefill_progress(status: StatusLine) -> Callable[[int, int], None]:
     return show
 
 
-def shown(say: Callable[[str], None], what: str) -> Callable[[int, int], None]:
-    """Return what says how far it is and how long it will take."""
-    started, first = monotonic(), None
+def shown(
+    say: Callable[[str], None], what: str, *, left: str = "left"
+) -> Callable[[int, int], None]:
+    """Return what says how far it is and how long it will take; left: as it calls that."""
+    first: int | None = None  # done when it was asked first: before, other work was done
+    started = 0.0
 
     def show(done: int, total: int) -> None:
-        nonlocal first
-        first = done if first is None else first
+        nonlocal first, started
+        if first is None:
+            first, started = done, monotonic()
         line = f"{what}: {100 * done // total} %"
         if done > first:
             left_s = (monotonic() - started) / (done - first) * (total - done)
-            line += f", {duration(left_s)} left"
+            line += f", {duration(left_s)} {left}"
         say(line)
 
     return show
@@ -110,10 +114,11 @@ class Stages:
 
     On a terminal that is a line of status, elsewhere a line when a stage begins and one now and
     then. Time between two reports belongs to the later one, which says what has been done.
-    is_quiet: nothing is said.
+    parts: their names in the order of the work. is_quiet: nothing is said.
     """
 
-    def __init__(self, status: StatusLine, *, is_quiet: bool = False) -> None:
+    def __init__(self, status: StatusLine, parts: Sequence[str], *, is_quiet: bool = False) -> None:
+        self.parts = parts
         self._status, self._shows_lines = status, not sys.stderr.isatty()
         self._is_quiet = is_quiet
         self._started = self._last = monotonic()
@@ -121,8 +126,14 @@ class Stages:
         self.seconds: dict[str, float] = {}
 
     def of(self, what: str) -> Callable[..., None]:
-        """Return a callback(done, total) for one stage; what else it is given does not count."""
-        show = shown(self._say, what)
+        """Return a callback(done, total) for one stage; what else it is given does not count.
+
+        The share and the time left are those of the part, and say so.
+        """
+        number, n_parts = self.parts.index(what) + 1, len(self.parts)
+        name = f"{what}, part {number} of {n_parts}" if n_parts > 1 else what
+        left = "left of this part" if number < n_parts else "left"
+        show = shown(self._say, name, left=left)
 
         def report(done: int, total: int, *_: object) -> None:
             now = monotonic()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mlx_llama.errors import OptionError
 from mlx_llama.options import ConvertOptions
 from mlx_llama_apps import paths
-from mlx_llama_apps.convert import Care, bits_name, build, open_named
+from mlx_llama_apps.convert import PACKING, Care, bits_name, build, open_named
 from mlx_llama_apps.flags import AS_USUAL, MakingFlags, QuantizeFlags, given
 from mlx_llama_apps.progress import Stages
 from mlx_llama_apps.terminal import StatusLine
@@ -61,23 +61,37 @@ def quantize(
     if opened is None:
         return
     with StatusLine(after_s=0.3) as status:
-        care = _care(options, read, words, Stages(status, is_quiet=making.quiet))
+        care = _care(options, read, words, status, is_quiet=making.quiet)
         build(opened, options, target, making, care=care)
 
 
-def _care(options: ConvertOptions, read: Text | None, words: Text | None, stages: Stages) -> Care:
+def _care(
+    options: ConvertOptions,
+    read: Text | None,
+    words: Text | None,
+    status: StatusLine,
+    *,
+    is_quiet: bool,
+) -> Care:
     """Say what is learnt from words, and what is measured on the text that is read."""
     from mlx_llama_quantize.calibration import CalibrationRequest
     from mlx_llama_quantize.certificate import Request
     from mlx_llama_quantize.sensitivity import SurveyRequest
 
+    is_surveyed = words is not None and options.target_bpw is not None
+    is_calibrated = words is not None and options.method in calibrated_methods()
+    parts = [*(("measuring", "trying formats") if is_surveyed else ())]
+    parts += ["calibrating"] if is_calibrated else []
+    parts += [PACKING, *([] if read is None else ["comparing"])]
+    stages = Stages(status, parts, is_quiet=is_quiet)
     cache, note = paths.cache_folder(), stages.tell
-    certificate = Request(read, cache / "certificates", stages.of("comparing"), note)
+    comparing = None if read is None else stages.of("comparing")
+    certificate = Request(read, cache / "certificates", comparing, note)
     calibration = survey = None
-    if words and options.method in calibrated_methods():
+    if words and is_calibrated:
         folder = cache / "calibrations"
         calibration = CalibrationRequest(words, folder, stages.of("calibrating"), note)
-    if words and options.target_bpw is not None:
+    if words and is_surveyed:
         folder, looking = cache / "sensitivities", stages.of("trying formats")
         survey = SurveyRequest(words, folder, stages.of("measuring"), note, looking)
     return Care(certificate, calibration, survey, stages)

@@ -9,7 +9,6 @@ import pytest
 
 import mlx_llama
 from mlx_llama_apps.main import main
-from mlx_llama_apps.progress import duration, prefill_progress
 
 
 class Stdin(io.TextIOWrapper):
@@ -117,32 +116,6 @@ def test_what_a_sliding_context_dropped_is_said_once_on_stderr(
     assert "tokens behind the kept ones were dropped" in line
     assert main(["run", str(base_model), "hello", *options]) == 0
     assert "dropped" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(7.6, "8 s"), (125, "2 min 5 s"), (3780, "1 h 3 min")]
-)
-def test_durations_are_short(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
-
-
-def test_progress_of_a_prompt_has_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, shown = iter([0.0, 1.0, 1.0, 3.0]), list[str]()
-    monkeypatch.setattr("mlx_llama_apps.progress.monotonic", lambda: next(clock))
-    show = prefill_progress(Status(shown))  # pyright: ignore
-    show(100, 1000)
-    show(300, 1000)
-    assert shown == [
-        "reading the prompt: 100 of 1000 tokens",
-        "reading the prompt: 300 of 1000 tokens, 100 a second, 7 s left",
-    ]
-
-
-class Status:
-    """A status line that remembers what it was to show."""
-
-    def __init__(self, shown: list[str]) -> None:
-        self.show = shown.append
 
 
 def test_answer_that_the_context_cut_says_so(
