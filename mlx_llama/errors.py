@@ -36,7 +36,14 @@ class MemoryShortError(MlxLlamaError):
 
 
 class OptionError(MlxLlamaError, ValueError):
-    """An option has a value that it cannot have, or that could not take effect."""
+    """An option has a value that it cannot have, or that could not take effect.
+
+    option: its name, such as "kv_bits", where it is one of `mlx_llama.options`; None elsewhere.
+    """
+
+    def __init__(self, message: str, *, option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
 
 
 class OutputError(MlxLlamaError):

@@ -121,7 +121,8 @@ def cache_dtype(compute: mx.Dtype, bits: KVBits) -> mx.Dtype:
         name = name_of(compute)
         raise OptionError(
             f"--kv-bits {bits}: the model computes in {name}, which has 16; give --dtype float32 "
-            "too, or leave it at 16"
+            "too, or leave it at 16",
+            option="kv_bits",
         )
     return mx.float16 if compute == mx.float32 and kernels() is not None else compute
 
@@ -171,18 +172,19 @@ def use_threads(asked: int | None) -> None:
     """Let so many threads compute. Raises OptionError where that cannot be."""
     if asked is None:
         return
-    option = f"--threads {asked}"
     if (fast := fast_blas()) is not None:
         if not fast.use_threads(asked):
-            raise OptionError(f"{option}: {fast.name} takes no number of threads; leave it out")
+            why = f"{fast.name} takes no number of threads"
+            raise OptionError(f"--threads {asked}: {why}; leave it out", option="threads")
         n_threads = fast.threads()
     else:
-        ours = _kernels_for(option, "and a BLAS have threads to count")
+        ours = _kernels_for("threads", asked, "and a BLAS have threads to count")
         if asked != ours.threads():
             ours.use_threads(asked)
         n_threads = ours.threads()
     if n_threads is not None and n_threads < asked:
-        raise OptionError(f"{option}: this process may have {n_threads} at most; ask for fewer")
+        most = f"this process may have {n_threads} at most"
+        raise OptionError(f"--threads {asked}: {most}; ask for fewer", option="threads")
 
 
 def choose_activations(forms: Collection[QuantFormat], *, asked: str | None) -> str:
@@ -193,13 +195,14 @@ def choose_activations(forms: Collection[QuantFormat], *, asked: str | None) -> 
     """
     if asked is None:
         return FLOAT32
-    ours = _kernels_for(f"--activations {asked}", "have a choice")
+    ours = _kernels_for("activations", asked, "have a choice")
     if asked == INT8 and not any(native.takes_bytes(form) for form in forms):
         found = "; ".join(sorted(form.describe() for form in forms))
         why = f"the native kernels ({ours.instructions()}) do it for none of its formats ({found})"
         raise OptionError(
             f"--activations {asked}: no activations of this model are rounded: "
-            f"{why if forms else 'it has no packed matrix'}; leave it out"
+            f"{why if forms else 'it has no packed matrix'}; leave it out",
+            option="activations",
         )
     return asked
 
@@ -212,11 +215,12 @@ def use_activations(chosen: str) -> None:
         _taken.activations = chosen
 
 
-def _kernels_for(option: str, what: str) -> Any:
+def _kernels_for(option: str, asked: object, what: str) -> Any:
     """Return the native kernels; OptionError for an option that does nothing without them."""
     if (ours := kernels()) is None:
         why = native.missing_reason() if backend() == "cpu" else f"the model runs on {backend()}"
-        raise OptionError(f"{option}: only the native CPU kernels {what}, and {why}")
+        told = f"--{option} {asked}: only the native CPU kernels {what}, and {why}"
+        raise OptionError(told, option=option)
     return ours
 
 

@@ -72,7 +72,11 @@ class _Checked:
                 continue
             problem = _problem(getattr(self, spec.name), hints[spec.name], spec.metadata)
             if problem:
-                raise OptionError(f"--{spec.name.replace('_', '-')}: {problem}")
+                raise _refusal(spec.name, problem)
+
+
+def _refusal(name: str, problem: str) -> OptionError:
+    return OptionError(f"--{name.replace('_', '-')}: {problem}", option=name)
 
 
 @cache
@@ -199,13 +203,12 @@ class GenerationOptions(SamplingOptions):
         # Zero-argument super() does not survive dataclass(slots=True), which makes a new class.
         _Checked.__post_init__(self)
         if "" in self.stop:
-            raise OptionError("--stop: an empty text would stop every answer; leave it out")
+            raise _refusal("stop", "an empty text would stop every answer; leave it out")
         for text, bias in self.logit_bias.items():
             if bias != -math.inf and not -MAX_BIAS <= bias <= MAX_BIAS:
-                raise OptionError(
-                    f"--logit-bias: {text!r} has {bias}, expected a number from {-MAX_BIAS:.0f} to "
-                    f"{MAX_BIAS:.0f}, or -inf to ban the token"
-                )
+                bounds = f"{-MAX_BIAS:.0f} to {MAX_BIAS:.0f}, or -inf to ban the token"
+                problem = f"{text!r} has {bias}, expected a number from {bounds}"
+                raise _refusal("logit_bias", problem)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,11 +288,11 @@ class ContextOptions(_Checked):
         """Refuse what could not take effect."""
         _Checked.__post_init__(self)
         if self.keep is not None and self.on_full != "slide":
-            raise OptionError(
-                "--keep: does nothing without --on-full slide; give that too, or leave it out"
-            )
+            problem = "does nothing without --on-full slide; give that too, or leave it out"
+            raise _refusal("keep", problem)
         if self.kv_start and self.kv_bits in (16, 32):
-            raise OptionError("--kv-start: does nothing without --kv-bits 8 or 4; leave it out")
+            problem = "does nothing without --kv-bits 8 or 4; leave it out"
+            raise _refusal("kv_start", problem)
 
     @property
     def key_value_bits(self) -> tuple[int, int]:

@@ -31,7 +31,9 @@ class KVBits:
     def __post_init__(self) -> None:
         for bits in (self.keys, self.values):
             if bits not in BITS:
-                raise OptionError(f"--kv-bits: found {bits!r}, expected 32, 16, 8 or 4")
+                raise OptionError(
+                    f"--kv-bits: found {bits!r}, expected 32, 16, 8 or 4", option="kv_bits"
+                )
 
     @property
     def is_plain(self) -> bool:
@@ -53,7 +55,8 @@ def group_size(head_dim: int) -> int:
             return size
     raise OptionError(
         f"--kv-bits: heads of {head_dim} numbers cannot be packed, 32 does not divide them; "
-        "leave it at 16"
+        "leave it at 16",
+        option="kv_bits",
     )
 
 

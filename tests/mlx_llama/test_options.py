@@ -56,6 +56,8 @@ def test_wrong_options_are_refused_by_name(given: dict[str, Any], text: str) -> 
     with pytest.raises(OptionError) as caught:
         generation_options(given)
     assert text in str(caught.value)
+    (name,) = given
+    assert caught.value.option == (name if text.startswith("--") or "or -inf" in text else None)
 
 
 @pytest.mark.parametrize(

@@ -160,10 +160,8 @@ class Settings:
 
     def pass_over(self, error: OptionError) -> str | None:
         """Note and name what a model refused, if the file or its preset alone asked for it."""
-        if (match := _FLAG.match(str(error))) is None:
-            return None
-        name = match[1].replace("-", "_")
-        if name not in OF_SOME_MODELS or name in self.unfit:
+        name = error.option
+        if name is None or name not in OF_SOME_MODELS or name in self.unfit:
             return None
         if self.find(name).source in ("/set", "flag", "chat"):
             return None
@@ -222,7 +220,8 @@ class Settings:
         try:
             self._check()
         except OptionError as error:
-            raise OptionError(_FLAG.sub(self._where_it_is, str(error))) from error
+            told = _FLAG.sub(self._where_it_is, str(error))
+            raise OptionError(told, option=error.option) from error
 
     def _where_it_is(self, match: re.Match[str]) -> str:
         name = match[1].replace("-", "_")

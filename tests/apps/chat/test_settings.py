@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
+from mlx_llama import ops
+from mlx_llama.cache import KVBits
 from mlx_llama.errors import OptionError
 from mlx_llama_apps.chat.settings import KEYS, Settings, read_config, with_keys
 
@@ -141,13 +144,18 @@ def test_file_for_all_models_and_places_is_passed_over_where_it_cannot_be(tmp_pa
 
 def test_what_a_model_refuses_is_passed_over_where_the_file_alone_asks(tmp_path: Path) -> None:
     file = read_config(config(tmp_path, 'activations = "int8"\nkv_bits = 32\ncontext = 64'))
-    refused = OptionError("--activations int8: no activations of this model are rounded")
+    with pytest.raises(OptionError) as caught:
+        ops.choose_activations([], asked="int8")
+    refused = caught.value  # whatever its words are
     settings = Settings(config=file)
     assert settings.pass_over(refused) == "activations"
     assert settings.find("activations").source == "default"
     assert settings.pass_over(refused) is None
-    assert settings.pass_over(OptionError("--kv-bits 32: the model computes in")) == "kv_bits"
-    assert settings.pass_over(OptionError("--context 64: too long")) is None
+    with pytest.raises(OptionError) as caught:
+        ops.cache_dtype(mx.bfloat16, KVBits(32, 32))
+    assert settings.pass_over(caught.value) == "kv_bits"
+    assert settings.pass_over(OptionError("the context is too long", option="context")) is None
+    assert settings.pass_over(OptionError("--activations int8: of another kind")) is None
     asked = Settings(config=file, flags={"activations": "int8"})
     assert asked.pass_over(refused) is None
 
