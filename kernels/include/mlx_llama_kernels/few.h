@@ -1,7 +1,7 @@
 // Products with few rows of activations: each row of the matrix is read once, and is all the time
 // that it takes where memory is the limit.
 //
-// Scales are applied once for each block; biases through the lane's sum of activations.
+// Scales are applied once for each block, biases once for each group, to the sum of its activations.
 #pragma once
 
 #include "mlx_llama_kernels/digits.h"
@@ -13,17 +13,36 @@ static inline size_t blocks_of(const Matrix& a) {
   return (a.columns + L::BLOCK - 1) / L::BLOCK;
 }
 
-// Prepared: for each row of x its blocks, each PER vectors of activations and one of lane sums.
+// Groups of a packed row, up to a whole vector.
+static inline size_t padded_groups(const Matrix& a) {
+  return a.bits ? (a.columns / a.group + W - 1) / W * W : 0;
+}
+
+// Prepared: for each row of x its blocks, PER vectors of activations each, then the sum of each group.
+template <class L>
+static inline size_t prepared_row(const Matrix& a) {
+  return blocks_of<L>(a) * size_t(L::PER) * W + padded_groups(a);
+}
 static size_t prepared_floats(const Matrix& a, size_t m) {
 #if defined(MLK_HAS_DOTS)
   if (digits::takes(a)) return digits::floats(a, m);
 #endif
   size_t floats = 0;
-  by_layout(a, [&](auto layout) {
-    using L = decltype(layout);
-    floats = m * blocks_of<L>(a) * size_t(L::PER + 1) * W;
-  });
+  by_layout(a, [&](auto layout) { floats = m * prepared_row<decltype(layout)>(a); });
   return floats;
+}
+
+// The sum of each group of the m-th row; zero behind the last one.
+static inline void sum_groups(const Matrix& a, const Rows& x, size_t m, float* to) {
+  float values[128];
+  for (size_t g = 0, groups = a.columns / a.group; g < padded_groups(a); ++g) {
+    F total = {};
+    if (g < groups) {
+      widen_row(x.type, x.data, m * x.n + g * a.group, values, a.group);
+      for (int k = 0; k < a.group; k += W) total += load(values + k);
+    }
+    to[g] = sum(total);
+  }
 }
 
 static void prepare(const Matrix& a, const Rows& x, float* prepared) {
@@ -32,79 +51,118 @@ static void prepare(const Matrix& a, const Rows& x, float* prepared) {
 #endif
   by_layout(a, [&](auto layout) {
     using L = decltype(layout);
-    size_t blocks = blocks_of<L>(a);
-    for (size_t m = 0; m < x.m; ++m) {
-      for (size_t b = 0; b < blocks; ++b, prepared += (L::PER + 1) * W) {
+    for (size_t m = 0; m < x.m; ++m, prepared += padded_groups(a)) {
+      for (size_t start = 0; start < a.columns; start += L::BLOCK, prepared += L::PER * W) {
         float values[L::BLOCK] = {};
-        size_t start = b * L::BLOCK;
         size_t n = x.n - start < size_t(L::BLOCK) ? x.n - start : size_t(L::BLOCK);
         widen_row(x.type, x.data, m * x.n + start, values, n);
-        for (int lane = 0; lane < W; ++lane) {
-          float total = 0;
-          for (int i = 0; i < L::PER; ++i) {
-            float value = values[L::place(i, lane)];
-            prepared[i * W + lane] = value * L::weight_of(i);
-            total += value;
+        for (int i = 0; i < L::PER; ++i) {
+          for (int lane = 0; lane < W; ++lane) {
+            prepared[i * W + lane] = values[L::place(i, lane)] * L::weight_of(i);
           }
-          prepared[L::PER * W + lane] = total;
         }
       }
+      if constexpr (L::IS_PACKED) sum_groups(a, x, m, prepared);
     }
   });
 }
 
-// Widens the scales of one row; what a vector reads behind them is zero.
-static inline void widen_scales(const Matrix& a, const void* from, size_t row, float* to) {
-  size_t groups = a.columns / a.group;
-  widen_row(a.type, from, row * groups, to, groups);
-  for (int lane = 0; lane < 2 * W; ++lane) to[groups + lane] = 0;
-}
+// R rows of the matrix times M rows of x. Scales stay in registers for a vector of groups.
+template <class L, int M, int R>
+struct FewProducts {
+  const Matrix& a;
+  const float* x;
+  size_t row, bytes = row_bytes(a), stride = prepared_row<L>(a);
+  size_t whole = bytes < size_t(L::BEHIND) ? 0 : (bytes - L::BEHIND) / L::BYTES;  // blocks
+  size_t ahead = R * bytes > AHEAD ? R * bytes : AHEAD;
+  F total[R][M] = {}, scale[R] = {};
 
-template <class L, int M>
-static inline void row_product(const Matrix& a, const float* prepared, size_t row, size_t blocks,
-                               I lanes, float* out) {
-  constexpr size_t held = L::IS_PACKED ? most_row_groups + 2 * W : 1;
-  float scales[held], biases[held];
-  if constexpr (L::IS_PACKED) {
-    widen_scales(a, a.scales, row, scales);
-    widen_scales(a, a.biases, row, biases);
-  }
-  const char* data = row_of(a, row);
-  const size_t stride = blocks * (L::PER + 1) * W;
-  F total[M] = {};
-  auto block = [&](const char* from, size_t b) __attribute__((always_inline)) {
-    const float* x = prepared + b * (L::PER + 1) * W;
-    auto raw = L::raw(from);
-    F dot[M] = {};
+  // Adds a block's products; the matrix's rows stand `apart` bytes apart.
+  __attribute__((always_inline)) void block(const char* from, size_t apart, size_t b, I lanes) {
+    typename L::Raw raw[R];
+    F dot[R][M] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) raw[r] = L::raw(from + r * apart);
 #pragma GCC unroll 16
     for (int i = 0; i < L::PER; ++i) {
-      F q = L::number(raw, i);
-      for (int m = 0; m < M; ++m) dot[m] += q * load(x + m * stride + i * W);
-    }
-    if constexpr (L::IS_PACKED) {
-      size_t group = b * L::BLOCK / a.group;
-      F scale = pick(load(scales + group), lanes);
-      F bias = pick(load(biases + group), lanes);
-      for (int m = 0; m < M; ++m) {
-        total[m] += scale * dot[m];
-        total[m] += bias * load(x + m * stride + L::PER * W);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        F number = L::number(raw[r], i);
+        for (int m = 0; m < M; ++m) dot[r][m] += number * load(x + m * stride + (b * L::PER + i) * W);
       }
-    } else {
-      for (int m = 0; m < M; ++m) total[m] += dot[m];
     }
-  };
-  size_t bytes = row_bytes(a), whole = bytes < size_t(L::BEHIND) ? 0 : (bytes - L::BEHIND) / L::BYTES;
-  for (size_t b = 0; b < whole; ++b) {
-    const char* from = data + b * L::BYTES;
-    for (int line = 0; line < L::BYTES; line += 64) __builtin_prefetch(from + AHEAD + line);
-    block(from, b);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      for (int m = 0; m < M; ++m) {
+        if constexpr (L::IS_PACKED) total[r][m] += pick(scale[r], lanes) * dot[r][m];
+        else total[r][m] += dot[r][m];
+      }
+    }
   }
-  if (whole < blocks) {
-    char rest[L::BYTES + L::BEHIND] = {};
-    __builtin_memcpy(rest, data + whole * L::BYTES, bytes - whole * L::BYTES);
-    block(rest, whole);
+
+  // Adds the blocks [b, end); lanes: which of the scales each lane takes, `step` more in each block.
+  __attribute__((always_inline)) void blocks(size_t b, size_t end, I lanes) {
+    const int shift = a.bits ? __builtin_ctz(unsigned(a.group)) : 0;
+    const size_t first = b;
+    for (const char* data = row_of(a, row); b < end; ++b) {
+      I at = lanes + int((b - first) * L::BLOCK >> shift);
+      const char* from = data + b * L::BYTES;
+      if (b < whole) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          for (int line = 0; line < L::BYTES; line += 64) __builtin_prefetch(from + r * bytes + ahead + line);
+        }
+        block(from, bytes, b, at);
+      } else {
+        constexpr size_t held = L::BYTES + L::BEHIND;
+        char rest[R][held] = {};
+        for (int r = 0; r < R; ++r) __builtin_memcpy(rest[r], from + r * bytes, bytes - b * L::BYTES);
+        block(rest[0], held, b, at);
+      }
+    }
   }
-  for (int m = 0; m < M; ++m) out[m] = sum(total[m]);
+
+  __attribute__((always_inline)) void packed() {
+    const size_t groups = a.columns / a.group, in_vector = W * a.group / L::BLOCK, all = blocks_of<L>(a);
+    const float* sums = x + all * L::PER * W;
+    I lanes;
+    for (int lane = 0; lane < W; ++lane) lanes[lane] = L::place(0, lane) / a.group;
+    for (size_t g = 0, b = 0; g < groups; g += W, b += in_vector) {
+      typed(a.type, [&](auto* t) __attribute__((always_inline)) {
+        using T = std::remove_pointer_t<decltype(t)>;
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          size_t at = (row + r) * groups + g;
+          const T *scales = static_cast<const T*>(a.scales) + at, *biases = static_cast<const T*>(a.biases) + at;
+          __builtin_prefetch(scales + R * groups);
+          __builtin_prefetch(biases + R * groups);
+          scale[r] = load_some(scales, groups - g);
+          F bias = load_some(biases, groups - g);
+          for (int m = 0; m < M; ++m) total[r][m] += bias * load(sums + m * stride + g);
+        }
+      });
+      blocks(b, least(b + in_vector, all), lanes);
+    }
+  }
+
+  __attribute__((always_inline)) void write(Type type, void* y) {
+    if constexpr (L::IS_PACKED) packed();
+    else blocks(0, blocks_of<L>(a), I{});
+    for (int r = 0; r < R; ++r) {
+      for (int m = 0; m < M; ++m) {
+        float number = sum(total[r][m]);
+        narrow_row(type, &number, y, m * a.rows + row + r, 1);
+      }
+    }
+  }
+};
+
+template <class L, int M>
+static inline void few_products(const Matrix& a, const Rows& x, const float* prepared, void* y, size_t first,
+                                size_t last) {
+  constexpr int TOGETHER = M > 1 ? 1 : W == 16 ? 4 : 2;  // as registers allow
+  for (; first + TOGETHER <= last; first += TOGETHER) FewProducts<L, M, TOGETHER>{a, prepared, first}.write(x.type, y);
+  for (; first < last; ++first) FewProducts<L, M, 1>{a, prepared, first}.write(x.type, y);
 }
 
 static void few(const Matrix& a, const Rows& x, const float* prepared, void* y, size_t first,
@@ -114,21 +172,12 @@ static void few(const Matrix& a, const Rows& x, const float* prepared, void* y, 
 #endif
   by_layout(a, [&](auto layout) {
     using L = decltype(layout);
-    I lanes = {};
-    if constexpr (L::IS_PACKED) {
-      for (int lane = 0; lane < W; ++lane) lanes[lane] = L::place(0, lane) / a.group;
-    }
-    size_t blocks = blocks_of<L>(a);
-    for (size_t row = first; row < last; ++row) {
-      float out[few_rows];
-      switch (x.m) {
-        case 1: row_product<L, 1>(a, prepared, row, blocks, lanes, out); break;
-        case 2: row_product<L, 2>(a, prepared, row, blocks, lanes, out); break;
-        case 3: row_product<L, 3>(a, prepared, row, blocks, lanes, out); break;
-        case 4: row_product<L, 4>(a, prepared, row, blocks, lanes, out); break;
-        default: row_product<L, 5>(a, prepared, row, blocks, lanes, out); break;
-      }
-      for (size_t m = 0; m < x.m; ++m) narrow_row(x.type, out + m, y, m * a.rows + row, 1);
+    switch (x.m) {
+      case 1: return few_products<L, 1>(a, x, prepared, y, first, last);
+      case 2: return few_products<L, 2>(a, x, prepared, y, first, last);
+      case 3: return few_products<L, 3>(a, x, prepared, y, first, last);
+      case 4: return few_products<L, 4>(a, x, prepared, y, first, last);
+      default: return few_products<L, 5>(a, x, prepared, y, first, last);
     }
   });
 }
