@@ -1,7 +1,8 @@
 """What a model needs of the machine at a context, and what the machine has. Bytes everywhere.
 
 One function predicts what `mx.get_peak_memory()` will say: weights, the cache at the whole context,
-and the largest working set of a pass. Checked on the CPU; on Metal nobody has checked it.
+and the largest working set of a pass; and what the native kernels hold beside it. Checked on the
+CPU; on Metal nobody has checked it.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Demand:
             weights=self.weights,
             cache=cache_bytes(self, context),
             workspace=workspace_bytes(self, context),
+            scratch=scratch_bytes(self, context),
             found=found,
             is_proven=ops.backend() == "cpu",
         )
@@ -84,20 +86,22 @@ class Demand:
 class MemoryPlan:
     """What a model takes at a context of so many tokens; found: what is free, None if unknown.
 
-    is_proven: whether the prediction was checked on this kind of device.
+    scratch: of the native kernels, which MLX does not count. is_proven: whether the prediction was
+    checked on this kind of device.
     """
 
     context: int
     weights: int
     cache: int
     workspace: int
+    scratch: int
     found: int | None
     is_proven: bool
 
     @property
     def total(self) -> int:
         """Bytes needed in all."""
-        return self.weights + self.cache + self.workspace
+        return self.weights + self.cache + self.workspace + self.scratch
 
     @property
     def fits(self) -> bool:
@@ -110,7 +114,8 @@ def require_memory(demand: Demand, plan: MemoryPlan) -> None:
     found = plan.found
     if plan.fits or found is None:
         return
-    parts = [("weights", plan.weights), ("cache", plan.cache), ("workspace", plan.workspace)]
+    workspace = plan.workspace + plan.scratch
+    parts = [("weights", plan.weights), ("cache", plan.cache), ("workspace", workspace)]
     listed = ", ".join(f"{name} {_size(value)}" for name, value in parts if value)
     most = demand.largest_contexts(found)
     hint = "end another program, or take a smaller model or fewer bits"
@@ -175,19 +180,44 @@ def workspace_bytes(demand: Demand, context: int) -> int:
     )
 
 
+def scratch_bytes(demand: Demand, context: int) -> int:
+    """Return what the native kernels hold beside MLX's arrays: what one operation wants at most."""
+    if (ours := ops.kernels()) is None:
+        return 0
+    config = demand.config
+    heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    dim, hidden = config.dim, config.hidden_dim
+    shapes = ((heads + 2 * kv_heads, dim), (dim, heads), (2 * hidden, dim), (dim, hidden))
+    forms = {config.quantization, *config.overrides.values()}
+    chunk = demand.chunk if demand.slides else min(demand.chunk, context)
+    rows = context + chunk if demand.slides else context
+    asked: list[tuple[int, int]] = []  # for all threads together, and for each
+    for n_tokens in (chunk, 1):
+        asked.append(
+            ours.attention_scratch(
+                config.n_heads, config.n_kv_heads, config.head_dim, n_tokens, rows
+            )
+        )
+        for form in forms:
+            how = {} if form is None else {"group_size": form.group_size, "bits": form.bits}
+            if form is None or ops.is_native_format(form):
+                products = (
+                    ours.product_scratch(*each, n_tokens, demand.dtype, **how) for each in shapes
+                )
+                asked += products
+    return max(common for common, _ in asked) + ours.threads() * max(each for _, each in asked)
+
+
 def _native_bytes(demand: Demand, chunk: int) -> int:
     """Count what an operation has alive where the native kernels run it: no scores.
 
     Each waits for those before, so that is the residual stream, what the operation reads and what
     it writes: SwiGLU its gates, their factors and the products, rotation q, k and v, and q and k
-    once more. Packing copies k while the rotation runs.
+    once more.
     """
     config, size = demand.config, demand.dtype.size
     heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     attention = (2 * heads + 3 * kv_heads) * size
-    if not demand.bits.is_plain:
-        packed = cache_bytes_per_token(config, demand.bits, demand.dtype) // config.n_layers
-        attention += kv_heads * size + packed
     return chunk * (config.dim * size + max(3 * config.hidden_dim * size, attention))
 
 

@@ -225,7 +225,7 @@ def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
             f"{size(memory['total'])}{free} at context {memory['context']} "
             f"({memory['context_reason']}){doubt}{misfit}: weights {size(memory['weights'])}, "
             f"cache {size(memory['cache'])} ({kept}), workspace "
-            f"{size(memory['workspace'])}",
+            f"{size(memory['workspace'] + memory['scratch'])}",
         ),
         ("fits", f"contexts up to {most}"),
     ]

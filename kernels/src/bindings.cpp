@@ -1,5 +1,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -71,6 +72,13 @@ NB_MODULE(_kernels, m) {
         "cut"_a, "rounds"_a, nb::call_guard<nb::gil_scoped_release>(),
         "Pack values (out, in), evaluated: [words, scales, biases], searched for by least squares in so\n"
         "many rounds, from each group's range without `cut` steps. By the calling thread, at once.");
+  m.def("product_scratch", &mlk::graph::product_scratch, "rows"_a, "columns"_a, "tokens"_a, "dtype"_a,
+        nb::kw_only(), "group_size"_a = 0, "bits"_a = 0,
+        "The bytes that so many rows of activations times a matrix hold beside MLX's arrays: for all threads\n"
+        "together, and for each.");
+  m.def("attention_scratch", &mlk::graph::attention_scratch, "heads"_a, "kv_heads"_a, "head_dim"_a,
+        "tokens"_a, "rows"_a, "The same of attention and rotation: so many queries over rows of a cache.");
+  m.def("scratch_bytes", &mlk::graph::scratch_bytes, "The bytes that are held so now.");
   m.def("instructions", [] { return std::string(mlk::chosen().name); },
         "Name the instruction set in use.");
   m.def("use_instructions", [](const std::string& name) { return mlk::choose(name.c_str()); },

@@ -110,11 +110,24 @@ bool choose(const char* name) {
   return false;
 }
 
+Scratch product_scratch(const Table& table, const Matrix& a, const Rows& x) {
+  if (x.m <= few_rows) return {table.prepared_floats(a, x.m), 0};
+  return {table.packed_floats(a, x), table.panel_floats(a, x, table.most_panels)};
+}
+
+Scratch attention_scratch(const Table& table, const Attention& a) {
+  return {table.attention_partial_floats(a), table.attention_floats(a)};
+}
+
+// Cosines and sines.
+Scratch rotation_scratch(const Heads& x) { return {2 * x.m * (x.dim / 2), 0}; }
+
 void matrix_product(Pool& pool, const Table& table, const Matrix& a, const Rows& x, void* y) {
   if (x.m == 0 || a.rows == 0) return;
   auto held = pool.lock();
+  const Scratch needed = product_scratch(table, a, x);
   if (x.m <= few_rows) {
-    float* prepared = pool.common(table.prepared_floats(a, x.m));
+    float* prepared = pool.common(needed.common);
     table.prepare(a, x, prepared);
     size_t grain = std::max<size_t>(rows_at_once(a.columns), a.rows / (16 * pool.threads()));
     pool.each(a.rows, grain, [&](size_t first, size_t last, size_t) {
@@ -122,14 +135,14 @@ void matrix_product(Pool& pool, const Table& table, const Matrix& a, const Rows&
     });
     return;
   }
-  float* packed = pool.common(table.packed_floats(a, x));
+  float* packed = pool.common(needed.common);
   pool.each(table.pack_blocks(x), 1, [&](size_t first, size_t last, size_t) {
     table.pack(a, x, packed, first, last);
   });
   size_t panels = (a.rows + table.panel_rows - 1) / table.panel_rows;
   size_t grain = std::clamp<size_t>(panels / (4 * pool.threads()), 1, table.most_panels);
   pool.each(panels, grain, [&](size_t first, size_t last, size_t thread) {
-    float* scratch = pool.scratch(thread, table.panel_floats(a, x, table.most_panels));
+    float* scratch = pool.scratch(thread, needed.each);
     for (; first < last; first += table.most_panels) {
       table.panels(a, x, packed, scratch, y, first, std::min(last, first + table.most_panels));
     }
@@ -153,7 +166,7 @@ void rotate(Pool& pool, const Table& table, const Heads& x, const float* periods
             void* y) {
   size_t half = x.dim / 2;
   auto held = pool.lock();
-  float* angles = pool.common(2 * x.m * half);
+  float* angles = pool.common(rotation_scratch(x).common);
   for (size_t m = 0; m < x.m; ++m) {
     for (size_t i = 0; i < half; ++i) {
       float angle = float(offset + int(m)) * (1.0f / periods[i]);
@@ -182,14 +195,15 @@ void attention(Pool& pool, const Table& table, const Attention& a) {
   size_t parts = table.attention_parts(a), joins = table.attention_joins(a);
   if (parts == 0) return;
   auto held = pool.lock();
-  float* partial = pool.common(table.attention_partial_floats(a));
+  const Scratch needed = attention_scratch(table, a);
+  float* partial = pool.common(needed.common);
   size_t work = a.rows * a.q.dim * a.q.heads * a.q.batch * a.q.m / parts;
   size_t share = (parts + pool.threads() - 1) / pool.threads();
   pool.each(parts, std::min(rows_at_once(work), share), [&](size_t first, size_t last, size_t thread) {
-    table.attention(a, pool.scratch(thread, table.attention_floats(a)), partial, first, last);
+    table.attention(a, pool.scratch(thread, needed.each), partial, first, last);
   });
   if (parts == joins) return;
-  size_t numbers = table.attention_partial_floats(a) / joins;
+  size_t numbers = needed.common / joins;
   pool.each(joins, rows_at_once(numbers), [&](size_t first, size_t last, size_t) {
     table.attention_join(a, partial, first, last);
   });

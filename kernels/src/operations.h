@@ -10,6 +10,14 @@ const Table& chosen();
 // Take another instruction set, by name; false where this processor lacks it.
 bool choose(const char* name);
 
+// Floats that an operation takes of a pool: for all threads together, and for each.
+struct Scratch {
+  size_t common, each;
+};
+Scratch product_scratch(const Table&, const Matrix&, const Rows& x);
+Scratch attention_scratch(const Table&, const Attention&);
+Scratch rotation_scratch(const Heads& x);
+
 void matrix_product(Pool&, const Table&, const Matrix&, const Rows& x, void* y);
 void rms_norm(Pool&, const Table&, const Rows& x, const void* weight, Type, float eps, void* y);
 void swiglu(Pool&, const Table&, const Rows& x, void* y);

@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "mlx/array.h"
@@ -56,6 +57,16 @@ mx::array draw(const mx::array& scores, const mx::array& key);
 // Packs values (out, in) with scales and biases of less squared error than the nearest: words, scales,
 // biases. Done at once, by the calling thread.
 std::vector<mx::array> least_squares(mx::array values, int group_size, int bits, float cut, int rounds);
+
+// What an operation of such sizes holds beside MLX's arrays: for all threads together, and for each.
+using ScratchBytes = std::pair<size_t, size_t>;
+// Of `tokens` rows times a matrix, packed where it has bits.
+ScratchBytes product_scratch(size_t rows, size_t columns, size_t tokens, mx::Dtype dtype, int group_size,
+                             int bits);
+// Of so many queries over a cache, and of their rotation.
+ScratchBytes attention_scratch(size_t heads, size_t kv_heads, size_t head_dim, size_t tokens, size_t rows);
+// What is held so now.
+size_t scratch_bytes();
 
 // A tensor at an offset of a file, rows unbroken, read when it is evaluated.
 mx::array file_array(const std::string& path, size_t offset, const std::vector<int>& shape, mx::Dtype dtype);

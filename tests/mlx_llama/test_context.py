@@ -292,7 +292,8 @@ def peaks(
     )
     assert len(list(generate(model, cache, request))) == 4
     demand = Demand(config, weights, case.bits, dtype, case.chunk, case.slides, case.packed_from)
-    return demand.at(case.n_tokens, None).total, mx.get_peak_memory() - others
+    plan = demand.at(case.n_tokens, None)
+    return plan.total - plan.scratch, mx.get_peak_memory() - others
 
 
 class NoText:

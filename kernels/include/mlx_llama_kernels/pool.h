@@ -47,6 +47,13 @@ class Pool {
   float* scratch(size_t thread, size_t floats);
   // The same for the caller, who must hold `lock`.
   float* common(size_t floats);
+  // Floats that are held so, whoever asked for them.
+  size_t held() {
+    auto taken = lock();
+    size_t floats = common_.size();
+    for (const auto& memory : scratch_) floats += memory.size();
+    return floats;
+  }
   std::unique_lock<std::recursive_mutex> lock() {
     return std::unique_lock<std::recursive_mutex>(busy_);
   }
