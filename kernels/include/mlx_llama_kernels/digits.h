@@ -235,8 +235,7 @@ template <class L, int R>
 static inline void row_products(const Matrix& a, const Prepared& x, size_t row, float out[R]) {
   size_t bytes = row_bytes(a), whole = bytes / L::BYTES, in_vector = W * a.group / L::BLOCK;
   const char* data = row_of(a, row);
-  // Whatever row of the next ones comes first, it has been asked for.
-  const char* ahead = data + (R * bytes > 4 * AHEAD ? R * bytes : 4 * AHEAD) + AHEAD;
+  const char* ahead = data + far_ahead(R * bytes);
   I lanes;
   for (int lane = 0; lane < W; ++lane) lanes[lane] = lane * 4 * L::PARTS / a.group;
   F total[R] = {}, scale[R];
@@ -282,7 +281,6 @@ static inline void row_products(const Matrix& a, const Prepared& x, size_t row, 
     for (size_t end = b + in_vector < x.blocks ? b + in_vector : x.blocks; b < end; ++b) {
       const char* from = data + b * L::BYTES;
       if (b < whole) {
-        // Line after line, which memory gives a fifth faster than in the order of use.
 #pragma GCC unroll 8
         for (int at = 0; at < R * L::BYTES; at += 64) __builtin_prefetch(ahead + at);
         ahead += R * L::BYTES;

@@ -74,7 +74,7 @@ struct FewProducts {
   const float* x;
   size_t row, bytes = row_bytes(a), stride = prepared_row<L>(a);
   size_t whole = bytes < size_t(L::BEHIND) ? 0 : (bytes - L::BEHIND) / L::BYTES;  // blocks
-  size_t ahead = R * bytes > AHEAD ? R * bytes : AHEAD;
+  const char* ahead = row_of(a, row) + far_ahead(R * bytes);
   F total[R][M] = {}, scale[R] = {};
 
   // Adds a block's products; the matrix's rows stand `apart` bytes apart.
@@ -108,10 +108,9 @@ struct FewProducts {
       I at = lanes + int((b - first) * L::BLOCK >> shift);
       const char* from = data + b * L::BYTES;
       if (b < whole) {
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          for (int line = 0; line < L::BYTES; line += 64) __builtin_prefetch(from + r * bytes + ahead + line);
-        }
+#pragma GCC unroll 8
+        for (int line = 0; line < R * L::BYTES; line += 64) __builtin_prefetch(ahead + line);
+        ahead += R * L::BYTES;
         block(from, bytes, b, at);
       } else {
         constexpr size_t held = L::BYTES + L::BEHIND;

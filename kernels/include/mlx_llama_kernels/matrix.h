@@ -9,7 +9,9 @@
 
 namespace mlk::MLK_ISA {
 
-constexpr size_t AHEAD = 2048;  // bytes that are asked of the memory before they are used
+// How many bytes ahead the memory is asked, where rows of so many bytes together take turns: line after
+// line, which it gives a fifth faster than in the order of use. Whatever comes first was asked for.
+static inline size_t far_ahead(size_t rows) { return (rows > 8192 ? rows : 8192) + 2048; }
 
 // Packed numbers, of which each 32-bit word holds a whole number: 2, 4 and 8 bits. They are taken
 // out by a mask without a shift: a number that stands b bits up is 2^b times too large, its
