@@ -133,10 +133,10 @@ class LlamaModel:
         if ops.kernels() is None or not cache.has_slots or (whole := self._token_pass) is None:
             return None
         cache.begin(1)
-        logits, keys, values = whole(
+        logits, over, keys, values = whole(
             token, cache.slots(), cache.position, activations=self.activations
         )
-        cache.fill_slots(keys, values)
+        cache.fill_slots(over, keys, values)
         cache.advance(1)
         return logits
 

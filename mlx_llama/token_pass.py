@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_llama import native, ops
-from mlx_llama.cache import Slots
+from mlx_llama.cache.slots import Arrays, Slots
 from mlx_llama.config import ModelConfig
 from mlx_llama.linear import Dense, Matrix, Packed, Stack
 from mlx_llama.options import INT8
@@ -29,8 +29,8 @@ class TokenPass:
 
     def __call__(
         self, token: mx.array, slots: Slots, position: int, *, activations: str
-    ) -> tuple[mx.array, list[list[mx.array]], list[list[mx.array]]]:
-        """Return logits (1, 1, V) float32 behind a token (1, 1); all keys and values with it."""
+    ) -> tuple[mx.array, mx.array, Arrays, Arrays]:
+        """Return logits (1, 1, V) float32 behind a token (1, 1), and what `fill_slots` takes."""
         return self.native(
             token.astype(mx.uint32),
             slots.keys,
@@ -39,7 +39,7 @@ class TokenPass:
             slots.n_rows,
             position,
             slots.sight,
-            slots.is_own,
+            slots.after,
             activations == INT8,
         )
 

@@ -31,9 +31,9 @@ class TokenPass:
         n_rows: int,
         position: int,
         sight: mx.array | None,
-        is_own: bool,
+        after: mx.array | None,
         is_coarse: bool,
-    ) -> tuple[mx.array, list[list[mx.array]], list[list[mx.array]]]: ...
+    ) -> tuple[mx.array, mx.array, list[list[mx.array]], list[list[mx.array]]]: ...
 
 def quantized_matmul(
     x: mx.array,

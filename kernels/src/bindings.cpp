@@ -47,10 +47,11 @@ NB_MODULE(_kernels, m) {
            "Matrices are (arrays, group_size, bits), 0 where dense, those of one input in a list. Layers are\n"
            "(attention_norm, wqkv, wo, ffn_norm, w13, w2). Evaluates them.")
       .def("__call__", &mlk::graph::TokenPass::operator(), "token"_a, "keys"_a, "values"_a, "row"_a, "n_rows"_a,
-           "position"_a, "sight"_a.none(), "is_own"_a, "is_coarse"_a,
-           "Logits (1, 1, V) of what follows a token (1, 1) uint32, and each layer's keys and values\n"
-           "[(1, K, S, D)], or packed, with its own in `row`. It sees the first n_rows, or of these what\n"
-           "sight (2, n_rows) says. is_own: nobody else holds the buffers; they are written in place.");
+           "position"_a, "sight"_a.none(), "after"_a.none(), "is_coarse"_a,
+           "Logits (1, 1, V) of what follows a token (1, 1) uint32, what says that the pass is over, and each\n"
+           "layer's keys and values [(1, K, S, D)], or packed, with its own in `row`. It sees the first n_rows,\n"
+           "or of these what sight (2, n_rows) says. after: what the last pass returned second; given it, the\n"
+           "very buffers are written, which nobody else may hold, and none are returned.");
   m.def("quantize", &mlk::graph::quantize, "x"_a, nb::kw_only(), "group_size"_a, "bits"_a,
         "x (..., in) packed: [words (..., in * bits / 32), scales, biases (..., in / group_size)], the bits\n"
         "of mx.quantize on a CPU.");

@@ -110,50 +110,40 @@ Kept kept_of(const Storage& how, std::vector<array>& buffers, size_t at) {
 class PassedToken : public mx::Primitive {
  public:
   PassedToken(mx::Stream stream, std::shared_ptr<const Weights> weights, const Caches& caches, Token token,
-              bool is_own, bool is_coarse)
-      : Primitive(stream), weights_(std::move(weights)), caches_(caches), token_(token), is_own_(is_own),
-        is_coarse_(is_coarse) {}
+              bool has_sight, bool is_coarse)
+      : Primitive(stream), weights_(std::move(weights)), caches_(caches), token_(token),
+        has_sight_(has_sight), is_coarse_(is_coarse) {}
   const char* name() const override { return "MlxLlamaToken"; }
 
-  // inputs: the token, the buffers, and perhaps sight. outputs: logits, the buffers.
+  // inputs: the token, the buffers, perhaps sight, and perhaps what is to be over before. outputs:
+  // logits, what says that it is over, and the buffers where they are not written as they are.
   void eval_cpu(const std::vector<array>& inputs, std::vector<array>& outputs) override {
-    if (!is_own_) {
-      // What would seem to hold the buffers: operations under way, and each output its inputs.
-      mx::synchronize(stream());
-      for (array& out : outputs) {
-        if (&out.inputs() != &inputs && !out.is_tracer()) out.inputs().clear();
-      }
-    }
-    outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
-    std::vector<array> in, out;
+    for (size_t i : {0, 1}) outputs[i].set_data(mx::allocator::malloc(outputs[i].nbytes()));
+    if (outputs.size() > 2) take_over(inputs, outputs);
+    std::vector<array> in, buffers;
     for (const array& a : inputs) in.push_back(array::unsafe_weak_copy(a));
-    for (size_t i = 1; i < outputs.size(); ++i) {
-      bool is_free = inputs[i].flags().row_contiguous && (is_own_ || inputs[i].is_donatable());
-      if (is_free) outputs[i].copy_shared_buffer(inputs[i]);
-      else outputs[i].set_data(mx::allocator::malloc(outputs[i].nbytes()));
+    for (size_t i = 0, n = weights_->model().blocks.size() * caches_.arrays(); i < n; ++i) {
+      buffers.push_back(array::unsafe_weak_copy(outputs.size() > 2 ? outputs[2 + i] : inputs[1 + i]));
     }
-    for (array& a : outputs) out.push_back(array::unsafe_weak_copy(a));
-    auto task = [weights = weights_, caches = caches_, token = token_, is_coarse = is_coarse_,
-                 in = std::move(in), out = std::move(out)]() mutable {
-      for (size_t i = 1; i < out.size(); ++i) {
-        if (in[i].data<char>() != out[i].data<char>()) {
-          std::memcpy(out[i].data<char>(), Straight(in[i]).data(), out[i].nbytes());
-        }
+    auto task = [weights = weights_, caches = caches_, token = token_, has_sight = has_sight_,
+                 is_coarse = is_coarse_, in = std::move(in), buffers = std::move(buffers),
+                 logits = array::unsafe_weak_copy(outputs[0])]() mutable {
+      for (size_t i = 0; i < buffers.size(); ++i) {
+        char* to = buffers[i].data<char>();
+        if (in[1 + i].data<char>() != to) std::memcpy(to, Straight(in[1 + i]).data(), buffers[i].nbytes());
       }
       std::vector<Kept> keys, values;
-      for (size_t at = 1; at < out.size(); at += caches.arrays()) {
-        keys.push_back(kept_of(caches.keys, out, at));
-        values.push_back(kept_of(caches.values, out, at + caches.keys.arrays()));
+      for (size_t at = 0; at < buffers.size(); at += caches.arrays()) {
+        keys.push_back(kept_of(caches.keys, buffers, at));
+        values.push_back(kept_of(caches.values, buffers, at + caches.keys.arrays()));
       }
       token.id = *in[0].data<uint32_t>(), token.keys = keys.data(), token.values = values.data();
       const Model& model = weights->model();
       if (token.id >= model.embeddings[0].rows) refuse("token: no row ", token.id, " of the embeddings");
       std::unique_ptr<Straight> sight;
-      if (in.size() > out.size()) {
-        sight = std::make_unique<Straight>(in.back());
-        token.sight = static_cast<const int32_t*>(sight->data());
-      }
-      pass_token(Pool::shared(), chosen(), model, token, is_coarse, out[0].data<float>());
+      if (has_sight) sight = std::make_unique<Straight>(in[1 + buffers.size()]);
+      if (has_sight) token.sight = static_cast<const int32_t*>(sight->data());
+      pass_token(Pool::shared(), chosen(), model, token, is_coarse, logits.data<float>());
     };
     mx::cpu::get_command_encoder(stream()).dispatch(std::move(task));
   }
@@ -163,10 +153,24 @@ class PassedToken : public mx::Primitive {
   }
 
  private:
+  // Gives each buffer's memory to its output where nobody else holds it.
+  void take_over(const std::vector<array>& inputs, std::vector<array>& outputs) {
+    // What would seem to hold the buffers: operations under way, and each output its inputs.
+    mx::synchronize(stream());
+    for (array& out : outputs) {
+      if (&out.inputs() != &inputs && !out.is_tracer()) out.inputs().clear();
+    }
+    for (size_t i = 2; i < outputs.size(); ++i) {
+      const array& in = inputs[i - 1];
+      if (in.flags().row_contiguous && in.is_donatable()) outputs[i].copy_shared_buffer(in);
+      else outputs[i].set_data(mx::allocator::malloc(outputs[i].nbytes()));
+    }
+  }
+
   std::shared_ptr<const Weights> weights_;
   Caches caches_;
   Token token_;
-  bool is_own_, is_coarse_;
+  bool has_sight_, is_coarse_;
 };
 
 // Adds the buffers of one layer's keys or values to the inputs; returns how they are stored.
@@ -208,9 +212,10 @@ TokenPass::TokenPass(const Packed& embeddings, const std::vector<Layer>& layers,
     : weights_(std::make_shared<Weights>(embeddings, layers, norm, output, periods, n_heads, n_kv_heads,
                                          eps, scale)) {}
 
-std::tuple<array, std::vector<Arrays>, std::vector<Arrays>> TokenPass::operator()(
+std::tuple<array, array, std::vector<Arrays>, std::vector<Arrays>> TokenPass::operator()(
     const array& token, const std::vector<Arrays>& keys, const std::vector<Arrays>& values, int row,
-    int n_rows, int position, const std::optional<array>& sight, bool is_own, bool is_coarse) const {
+    int n_rows, int position, const std::optional<array>& sight, const std::optional<array>& after,
+    bool is_coarse) const {
   const Model& model = weights_->model();
   if (token.dtype() != mx::uint32 || token.size() != 1) refuse("token: expected (1, 1) uint32");
   if (keys.size() != model.blocks.size() || values.size() != keys.size()) {
@@ -228,9 +233,9 @@ std::tuple<array, std::vector<Arrays>, std::vector<Arrays>> TokenPass::operator(
     }
     caches = found;
   }
-  std::vector<mx::Shape> shapes{{1, 1, weights_->n_vocab()}};
-  std::vector<mx::Dtype> dtypes{mx::float32};
-  for (size_t i = 1; i < inputs.size(); ++i) {
+  std::vector<mx::Shape> shapes{{1, 1, weights_->n_vocab()}, {}};
+  std::vector<mx::Dtype> dtypes{mx::float32, mx::uint32};
+  for (size_t i = 1; i < inputs.size() && !after; ++i) {
     shapes.push_back(inputs[i].shape());
     dtypes.push_back(inputs[i].dtype());
   }
@@ -240,18 +245,20 @@ std::tuple<array, std::vector<Arrays>, std::vector<Arrays>> TokenPass::operator(
     }
     inputs.push_back(*sight);
   }
+  if (after) inputs.push_back(*after);
   Token how{0, position, size_t(row), size_t(n_rows), nullptr, nullptr, nullptr};
   auto outputs = array::make_arrays(
-      shapes, dtypes, std::make_shared<PassedToken>(cpu(), weights_, caches, how, is_own, is_coarse), inputs);
+      shapes, dtypes,
+      std::make_shared<PassedToken>(cpu(), weights_, caches, how, sight.has_value(), is_coarse), inputs);
   std::vector<Arrays> new_keys, new_values;
-  auto next = outputs.begin() + 1;
-  for (size_t layer = 0; layer < keys.size(); ++layer) {
+  auto next = outputs.begin() + 2;
+  for (size_t layer = 0; layer < keys.size() && !after; ++layer) {
     for (auto [stored, into] : {std::pair(caches.keys, &new_keys), {caches.values, &new_values}}) {
       into->emplace_back(next, next + stored.arrays());
       next += stored.arrays();
     }
   }
-  return {outputs[0], new_keys, new_values};
+  return {outputs[0], outputs[1], new_keys, new_values};
 }
 
 }  // namespace mlk::graph

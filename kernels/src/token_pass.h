@@ -26,12 +26,14 @@ class TokenPass {
 
   // token (1, 1) uint32; keys and values: of each layer the buffers (1, n_kv_heads, S, ·), plain, or
   // words, scales and biases. The token takes `row` of them and sees the first n_rows, or of these
-  // what `sight` (2, n_rows) says. is_own: nobody but the cache holds the buffers, and what was queued
-  // before reads no row that is written. Returns logits (1, 1, V) float32, and all keys and values with
-  // the new row: in place where nobody else holds them.
-  std::tuple<mx::array, std::vector<Arrays>, std::vector<Arrays>> operator()(
+  // what `sight` (2, n_rows) says.
+  // Returns logits (1, 1, V) float32, what says that the pass is over, and all keys and values with the
+  // new row, in place where nobody else holds them. after: what the last pass returned second; given it,
+  // the very buffers are written, and none are returned. Nobody but the cache may hold them then.
+  std::tuple<mx::array, mx::array, std::vector<Arrays>, std::vector<Arrays>> operator()(
       const mx::array& token, const std::vector<Arrays>& keys, const std::vector<Arrays>& values, int row,
-      int n_rows, int position, const std::optional<mx::array>& sight, bool is_own, bool is_coarse) const;
+      int n_rows, int position, const std::optional<mx::array>& sight,
+      const std::optional<mx::array>& after, bool is_coarse) const;
 
  private:
   std::shared_ptr<const Weights> weights_;

@@ -10,14 +10,14 @@ that it can be left at any of them and gone on with.
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 import mlx.core as mx
 
 from mlx_llama.cache.rows import AS_COMPUTED, KVBits, Layer, Storage, Stored, group_size
+from mlx_llama.cache.slots import Arrays, Buffers, Slots
 from mlx_llama.cache.view import Sight, View
 from mlx_llama.cache.window import Window
 from mlx_llama.config import ModelConfig
@@ -27,24 +27,6 @@ UNPACKED = KVBits()
 STEP = 256  # tokens; buffers grow and shrink by multiples of it
 TURN_ROWS = 1024  # keys that are turned back at once, in float32
 SLACK = 4  # a buffer that is this many times too long is given back
-
-
-@dataclass(frozen=True, slots=True)
-class Slots:
-    """Where a pass of one token finds and leaves keys and values, in all layers at once.
-
-    keys, values: the arrays of each layer's buffers, as `Stored` has them. row: the one that the
-    token takes. n_rows: how many it may see, the first ones, or of these what `sight` (2, n_rows)
-    says. is_own: nobody else holds the buffers, and what was queued before reads no row that is
-    written.
-    """
-
-    keys: list[list[mx.array]]
-    values: list[list[mx.array]]
-    row: int
-    n_rows: int
-    sight: mx.array | None
-    is_own: bool
 
 
 class Cache(Protocol):
@@ -72,8 +54,8 @@ class Cache(Protocol):
         """Return what a pass of one token finds, instead of `append` for each layer."""
         ...
 
-    def fill_slots(self, keys: list[list[mx.array]], values: list[list[mx.array]]) -> None:
-        """Take the buffers that such a pass leaves, of which nobody else holds any."""
+    def fill_slots(self, over: mx.array, keys: Arrays, values: Arrays) -> None:
+        """Note what such a pass returns: what says that it is over, and buffers that are new."""
         ...
 
     def advance(self, n_tokens: int) -> None:
@@ -103,7 +85,7 @@ class NoCache:
         """Not to be asked for, as `has_slots` says."""
         raise ValueError("no cache has no slots")
 
-    def fill_slots(self, keys: list[list[mx.array]], values: list[list[mx.array]]) -> None:
+    def fill_slots(self, over: mx.array, keys: Arrays, values: Arrays) -> None:
         """Not to be asked for, as `has_slots` says."""
         raise ValueError("no cache has no slots")
 
@@ -142,7 +124,7 @@ class KVCache:
         if not bits.is_plain:
             group_size(config.head_dim)
         self.config = config
-        self._layers = [Layer() for _ in range(config.n_layers)]
+        self._buffers = Buffers([Layer() for _ in range(config.n_layers)])
         self._is_packed = packed_from == 0 or bits.is_plain
         self._rows = 0  # length of the buffers, for those that exist and those to come
         self._reserved = 0  # what they shall become, when it is too early
@@ -150,7 +132,10 @@ class KVCache:
         self._pending: dict[int, tuple[Stored, Stored]] = {}  # a pass's rows, kept until it is over
         self._sight = Sight(0, 0)
         self._is_straight = True  # whether the pass's rows simply follow those before it
-        self._own: list[mx.array] | None = None  # the buffers, where nobody else holds them
+
+    @property
+    def _layers(self) -> list[Layer]:
+        return self._buffers.layers
 
     # --- what it holds ---------------------------------------------------------------------------
 
@@ -272,21 +257,15 @@ class KVCache:
 
     def slots(self) -> Slots:
         """Return what a pass of one token finds, instead of `append` for each layer."""
-        window, keys, values = self.window, list[list[mx.array]](), list[list[mx.array]]()
-        for layer in self._layers:
-            stored = layer.grown(self._rows)
-            keys.append(list(stored[0].arrays))
-            values.append(list(stored[1].arrays))
-        own = self._own
-        is_own = own is not None and all(map(operator.is_, own, self.arrays))
+        window = self.window
+        keys, values, after = self._buffers.for_token(self._rows)
         n_rows = window.offset + 1 if self._is_straight else self.capacity
-        return Slots(keys, values, window.row(window.offset), n_rows, self._sight.bounds(1), is_own)
+        row = window.row(window.offset)
+        return Slots(keys, values, row, n_rows, self._sight.bounds(1), after)
 
-    def fill_slots(self, keys: list[list[mx.array]], values: list[list[mx.array]]) -> None:
-        """Take the buffers that such a pass leaves, of which nobody else holds any."""
-        for layer, k, v in zip(self._layers, keys, values, strict=True):
-            layer.take(k, v)
-        self._own = self.arrays
+    def fill_slots(self, over: mx.array, keys: Arrays, values: Arrays) -> None:
+        """Note what such a pass returns: what says that it is over, and buffers that are new."""
+        self._buffers.take(over, keys, values)
 
     def advance(self, n_tokens: int) -> None:
         """Count the tokens that every layer has stored."""
@@ -364,24 +343,22 @@ class KVCache:
         """Forget everything and give the memory back."""
         self.window.trim(self.offset)
         self._pending.clear()
-        self._layers = [Layer() for _ in self._layers]
+        self._buffers = Buffers([Layer() for _ in self._layers])
         self._is_packed = self.packed_from == 0 or self.bits.is_plain
         self._rows = self._reserved = self._done = 0
         mx.clear_cache()
 
     def fork(self) -> KVCache:
         """Return a cache with the same contents; what either side writes to is copied then."""
-        self._own = None
         other = copy.copy(self)
         other.window = copy.copy(self.window)
-        other._layers = [layer.fork() for layer in self._layers]
+        other._buffers = Buffers([layer.fork() for layer in self._layers])
         other._pending = {}
         return other
 
     def layers(self) -> list[Layer]:
         """Return the rows that hold tokens, of every layer; none of an empty cache."""
         self._finish_upkeep()
-        self._own = None
         return [layer.rows(self.window.n_rows) for layer in self._layers] if self.offset else []
 
     def take_up(self, window: Window, layers: list[Layer], *, is_packed: bool) -> None:
@@ -390,7 +367,7 @@ class KVCache:
         self.window = window
         self._is_packed = is_packed or self.bits.is_plain
         if layers:
-            self._layers = layers
+            self._buffers = Buffers(layers)
             self._rows = window.n_rows
 
     # --- upkeep ----------------------------------------------------------------------------------

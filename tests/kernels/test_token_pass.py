@@ -218,13 +218,13 @@ def test_what_does_not_fit_together_is_refused() -> None:
         with pytest.raises(ValueError, match=text):
             make(**changes)
     token, rows = mx.zeros((1, 1), dtype=mx.uint32), [[mx.zeros((1, 1, 4, 16))]]
-    ok = (rows, rows, 3, 4, 3, None, False, False)
+    ok = (rows, rows, 3, 4, 3, None, None, False)
     assert whole(token, *ok)[0].shape == (1, 1, 8)
     for args, text in (
-        ((rows, rows, 4, 4, 3, None, False, False), "keys: expected"),
-        (([], rows, 3, 4, 3, None, False, False), "keys and values: found 0 and 1"),
-        (([[mx.zeros((1, 1, 4, 8))]], rows, 3, 4, 3, None, False, False), "keys: rows of 8"),
-        ((rows, rows, 3, 4, 3, mx.zeros((2, 3), dtype=mx.int32), False, False), "sight: expected"),
+        ((rows, rows, 4, 4, 3, None, None, False), "keys: expected"),
+        (([], rows, 3, 4, 3, None, None, False), "keys and values: found 0 and 1"),
+        (([[mx.zeros((1, 1, 4, 8))]], rows, 3, 4, 3, None, None, False), "keys: rows of 8"),
+        ((rows, rows, 3, 4, 3, mx.zeros((2, 3), dtype=mx.int32), None, False), "sight: expected"),
     ):
         with pytest.raises(ValueError, match=text):
             whole(token, *args)
