@@ -7,7 +7,8 @@
 
 namespace mlk::MLK_ISA {
 
-constexpr size_t MOST_PANELS = 1;
+// Panels at once, as many as share what is near of x: all of x is read once for them.
+constexpr size_t MOST_PANELS = 2;
 
 // Calls f with what knows how a matrix's panels and the blocks of x are laid out and multiplied.
 template <class Fn>
@@ -26,9 +27,9 @@ static size_t packed_floats(const Matrix& a, const Rows& x) {
   by_kind(a, [&](auto kind) { floats = row_blocks(x) * kind.block_floats(a); });
   return floats;
 }
-static size_t panel_floats(const Matrix& a, const Rows& x, size_t) {
+static size_t panel_floats(const Matrix& a, const Rows& x, size_t panels) {
   size_t floats = 0;
-  by_kind(a, [&](auto kind) { floats = kind.PANEL_FLOATS + row_blocks(x) * MR * PANEL; });
+  by_kind(a, [&](auto kind) { floats = kind.PANEL_FLOATS + panels * row_blocks(x) * MR * PANEL; });
   return floats;
 }
 
@@ -38,20 +39,24 @@ static void pack(const Matrix& a, const Rows& x, float* packed, size_t first, si
   });
 }
 
+// n panels from a row on, into c: (n, rows of x up to whole blocks, PANEL).
 template <class Kind>
-static inline void one_panel(const Matrix& a, const Rows& x, const float* packed, size_t row,
-                             float* panel, float* c) {
-  const size_t blocks = row_blocks(x);
-  for (size_t i = 0; i < blocks * MR * PANEL; ++i) c[i] = 0;
+static inline void some_panels(const Matrix& a, const Rows& x, const float* packed, size_t row, size_t n,
+                               float* panel, float* c) {
+  const size_t blocks = row_blocks(x), size = blocks * MR * PANEL;
+  for (size_t i = 0; i < n * size; ++i) c[i] = 0;
   for (size_t start = 0; start < a.columns; start += Kind::DEPTH) {
     size_t left = a.columns - start, depth = left < Kind::DEPTH ? left : Kind::DEPTH;
-    Kind::fill(a, row, start, depth, panel);
-    // What comes next is on its way while this one is multiplied.
-    if (left > depth) ask(a, row, start + depth, least(left - depth, Kind::DEPTH));
-    else ask(a, row + PANEL, 0, least(a.columns, Kind::DEPTH));
-    for (size_t block = 0; block < blocks; ++block) {
-      const float* of_x = packed + block * Kind::block_floats(a);
-      Kind::multiply(a, of_x, panel, start, depth, c + block * MR * PANEL);
+    for (size_t p = 0; p < n; ++p) {
+      Kind::fill(a, row + p * PANEL, start, depth, panel);
+      // What comes next is on its way while this one is multiplied.
+      if (p + 1 < n) ask(a, row + (p + 1) * PANEL, start, depth);
+      else if (left > depth) ask(a, row, start + depth, least(left - depth, Kind::DEPTH));
+      else ask(a, row + n * PANEL, 0, least(a.columns, Kind::DEPTH));
+      for (size_t block = 0; block < blocks; ++block) {
+        const float* of_x = packed + block * Kind::block_floats(a);
+        Kind::multiply(a, of_x, panel, start, depth, c + p * size + block * MR * PANEL);
+      }
     }
   }
 }
@@ -59,10 +64,10 @@ static inline void one_panel(const Matrix& a, const Rows& x, const float* packed
 static void panels(const Matrix& a, const Rows& x, const float* packed, float* scratch, void* y,
                    size_t first, size_t last) {
   by_kind(a, [&](auto kind) {
-    float* c = scratch + kind.PANEL_FLOATS;
-    for (size_t row = first * PANEL; row < last * PANEL; row += PANEL) {
-      one_panel<decltype(kind)>(a, x, packed, row, scratch, c);
-      size_t n = a.rows - row < size_t(PANEL) ? a.rows - row : size_t(PANEL);
+    const float* c = scratch + kind.PANEL_FLOATS;
+    some_panels<decltype(kind)>(a, x, packed, first * PANEL, last - first, scratch, scratch + kind.PANEL_FLOATS);
+    for (; first < last; ++first, c += row_blocks(x) * MR * PANEL) {
+      size_t row = first * PANEL, n = a.rows - row < size_t(PANEL) ? a.rows - row : size_t(PANEL);
       for (size_t m = 0; m < x.m; ++m) narrow_row(x.type, c + m * PANEL, y, m * a.rows + row, n);
     }
   });
