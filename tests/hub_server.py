@@ -21,6 +21,7 @@ import pytest
 from huggingface_hub import constants
 
 from mlx_llama_convert import hub
+from processes import PATIENCE_S
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = (".pth", ".safetensors", "tokenizer.model")
@@ -230,7 +231,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         self.hub.cut_reached.set()
         if self.hub.halt_at_cuts:
-            self.hub.released.wait(30)
+            self.hub.released.wait(PATIENCE_S)
         self.close_connection = True
 
     def _repository(self, name: str, revision: str, *, is_file: bool = False) -> Repository | None:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+PATIENCE_S = 120  # so long that only what hangs meets it, on a machine that does other work too
+
 
 def environment(home: Path) -> dict[str, str]:
     """Return this process's environment with our packages on the path and files in a home."""
@@ -37,4 +39,4 @@ def interrupt(process: subprocess.Popen[str], *, at: str) -> tuple[str, str]:
         assert process.stdout is not None
         assert process.stdout.readline() == f"{at}\n"
         process.send_signal(signal.SIGINT)
-        return process.communicate(timeout=20)
+        return process.communicate(timeout=PATIENCE_S)

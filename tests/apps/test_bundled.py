@@ -20,6 +20,7 @@ import mlx_llama
 from mlx_llama_apps import bundled, paths
 from mlx_llama_apps.chat.store import VERSION
 from mlx_llama_apps.main import main
+from processes import PATIENCE_S
 from tiny_models import write_meta
 
 MAX_BYTES = 16_000_000
@@ -59,7 +60,7 @@ class Terminal:
             arguments,
             env={**environment(home), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
             dimensions=(24, 200),
-            timeout=60,
+            timeout=PATIENCE_S,
             encoding="utf-8",
         )
 
@@ -290,7 +291,7 @@ def test_two_first_uses_at_once_both_answer(home: Path) -> None:
         for _ in range(2)
     ]
     for process in both:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, err
         assert "makes the answer repeatable" in out
 
@@ -307,7 +308,7 @@ def test_the_second_use_waits_for_the_first(home: Path) -> None:
         assert "waiting for it" in process.stderr.readline()
         assert not bundled.target().exists()
         os.close(lock)
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=PATIENCE_S) == 0
 
 
 def test_what_is_being_made_is_no_model_at_hand(home: Path, converted: Path) -> None:

@@ -18,6 +18,7 @@ from huggingface_hub import constants
 from hub_server import COMMIT, HubServer, files_of, forget_settings, running_hub
 from mlx_llama_apps.main import main
 from model_folders import TINY_SCALED, write_hf
+from processes import PATIENCE_S
 from tiny_models import write_meta
 
 NAME = "meta-llama/Llama-3.2-1B-Instruct"
@@ -237,11 +238,11 @@ def test_an_interrupted_pull_is_continued(
         command, env=environment(server, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     with process:
-        assert server.cut_reached.wait(30)
+        assert server.cut_reached.wait(PATIENCE_S)
         blobs = tmp_path / "hf/hub/models--meta-llama--Llama-3.2-1B-Instruct/blobs"
         partial = _wait_for(blobs, nbytes=len(data) // 3)
         process.send_signal(how)
-        output, errors = process.communicate(timeout=20)
+        output, errors = process.communicate(timeout=PATIENCE_S)
     server.released.set()
     server.halt_at_cuts = False
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
@@ -264,7 +265,7 @@ def test_a_terminal_gets_one_bar_of_ours(server: HubServer, meta: Path, tmp_path
         ["-c", RUN_MAIN, "pull", NAME],
         env={**environment(server, tmp_path), "TERM": "xterm", "COLUMNS": "100"},
         encoding="utf-8",
-        timeout=30,
+        timeout=PATIENCE_S,
     )
     with child:
         child.expect("rule ")

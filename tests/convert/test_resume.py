@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlx_llama_convert.output import JOURNAL
-from processes import start
+from processes import PATIENCE_S, start
 from tiny_models import write_meta
 
 # A conversion of many small files, each of which takes a moment.
@@ -30,7 +30,7 @@ run_main()
 
 def finish(source: Path, target: Path, home: Path) -> str:
     with start(SLOW, "convert", source, "-o", target, home=home) as process:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
     return errors
 

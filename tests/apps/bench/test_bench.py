@@ -21,7 +21,7 @@ from mlx_llama_apps.bench.cases import Case, Row, Sample, cases_of
 from mlx_llama_apps.bench.scratch import work_folder
 from mlx_llama_apps.inference import processors
 from mlx_llama_apps.main import main
-from processes import interrupt, start
+from processes import PATIENCE_S, interrupt, start
 from tiny_models import write_model
 
 FEW = ["--prompt", "8", "--generate", "4", "--repetitions", "2"]
@@ -322,7 +322,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next_and_a_live_one_is_not(hom
             assert left.is_dir()
         assert not mine.exists()
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=PATIENCE_S)
         assert left.is_dir()
     with work_folder():
         assert not left.exists()

@@ -14,6 +14,8 @@ from pathlib import Path
 import pexpect
 import pyte
 
+from processes import PATIENCE_S
+
 PROMPT_BEGINS = "\x1b[6n"  # the line editor asks where the cursor is
 CODE = "from mlx_llama_apps.entry import run_main; run_main()"
 
@@ -92,26 +94,25 @@ class Terminal:
         line = self.screen.display[self.screen.cursor.y]
         return line.rstrip() == ">" and self.screen.cursor.x == 2
 
-    def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 30) -> float:
-        """Wait for a condition; return the seconds it took."""
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait for a condition."""
         started = time.monotonic()
         while not condition():
-            assert time.monotonic() - started < timeout_s, f"no {what}; the screen:\n{self.text}"
+            assert time.monotonic() - started < PATIENCE_S, f"no {what}; the screen:\n{self.text}"
             self.feed()
-        return time.monotonic() - started
 
     @property
     def flat(self) -> str:
         """The same as one line, however it was wrapped."""
         return " ".join(self.text.split())
 
-    def expect(self, text: str, timeout_s: float = 30, *, times: int = 1) -> float:
+    def expect(self, text: str, *, times: int = 1) -> None:
         """Wait until the screen holds a text."""
-        return self.until(lambda: self.flat.count(text) >= times, repr(text), timeout_s)
+        self.until(lambda: self.flat.count(text) >= times, repr(text))
 
-    def prompt(self, timeout_s: float = 30) -> float:
+    def prompt(self) -> None:
         """Wait for the prompt."""
-        return self.until(lambda: self.has_prompt, "prompt", timeout_s)
+        self.until(lambda: self.has_prompt, "prompt")
 
     def send(self, text: str) -> None:
         self.child.send(text)
@@ -128,9 +129,9 @@ class Terminal:
         """How many prompts there were."""
         return self.raw.count(PROMPT_BEGINS)
 
-    def next_prompt(self, before: int) -> float:
+    def next_prompt(self, before: int) -> None:
         """Wait for an empty prompt behind so many."""
-        return self.until(lambda: self.n_prompts > before and self.has_prompt, "prompt")
+        self.until(lambda: self.n_prompts > before and self.has_prompt, "prompt")
 
     def interrupt(self) -> None:
         self.child.send("\x03")
@@ -147,7 +148,7 @@ class Terminal:
     def ended(self) -> int | None:
         started = time.monotonic()
         while self.child.isalive():
-            assert time.monotonic() - started < 30, self.text
+            assert time.monotonic() - started < PATIENCE_S, self.text
             self.feed()
         self.feed(0)
         self.child.close()

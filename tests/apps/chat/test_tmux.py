@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from terminal import CODE, environment
 
+from processes import PATIENCE_S
+
 pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not here")
 
 
@@ -53,7 +55,7 @@ class Tmux:
     def expect(self, text: str) -> None:
         started = time.monotonic()
         while text not in self.flat:
-            assert time.monotonic() - started < 30, self.flat
+            assert time.monotonic() - started < PATIENCE_S, self.flat
             time.sleep(0.05)
 
     def end(self) -> None:
