@@ -12,10 +12,22 @@ import sys
 import termios
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import FrameType
 
 # A terminal then marks what is pasted, so that it stays one message; and no longer.
 MARKS_PASTES, MARKS_NONE = b"\x1b[?2004h", b"\x1b[?2004l"
+
+
+@dataclass(slots=True)
+class _Drawing:
+    """Whether something is being drawn, and whether Ctrl-Z came meanwhile."""
+
+    is_under_way: bool = False
+    is_stop_due: bool = False
+
+
+_DRAWING = _Drawing()
 
 
 @contextlib.contextmanager
@@ -64,6 +76,19 @@ def is_in_foreground(descriptor: int) -> bool:
         return True
 
 
+@contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """Let Ctrl-Z wait until this was drawn: the rest would come when a shell has the terminal."""
+    _DRAWING.is_under_way = True
+    try:
+        yield
+    finally:
+        _DRAWING.is_under_way = False
+        if _DRAWING.is_stop_due:
+            _DRAWING.is_stop_due = False
+            signal.raise_signal(signal.SIGTSTP)
+
+
 def _write(code: bytes) -> None:
     """Write a code past what Python buffers, as a signal handler must."""
     if os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
@@ -77,6 +102,9 @@ def _stoppable(on_stop: Callable[[], None], on_resume: Callable[[], None]) -> It
 
     def stop(number: int, frame: FrameType | None) -> None:
         del frame
+        if _DRAWING.is_under_way:
+            _DRAWING.is_stop_due = True
+            return
         on_stop()
         signal.signal(number, signal.SIG_DFL)
         signal.pthread_kill(threading.get_ident(), number)  # stops here

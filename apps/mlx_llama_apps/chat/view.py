@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlx_llama_apps.chat.hush import is_in_foreground
+from mlx_llama_apps.chat.hush import is_in_foreground, undivided
 from mlx_llama_apps.chat.streaming import MarkdownAnswer, PlainAnswer
 from mlx_llama_apps.terminal import size, visible
 
@@ -100,8 +100,9 @@ class View:
     def write(self, text: str) -> None:
         """Show a part of the answer as it comes; in the background, when that is over."""
         self._held += text
-        if not sys.stdout.isatty() or is_in_foreground(sys.stdout.fileno()):
-            self._write_held()
+        with undivided():
+            if not sys.stdout.isatty() or is_in_foreground(sys.stdout.fileno()):
+                self._write_held()
 
     def _write_held(self) -> None:
         text, self._held = self._held, ""

@@ -8,14 +8,21 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from terminal import CODE, Start, Terminal, messages, records, saved
 
+# Ctrl-Z comes between having looked whose the terminal is and drawing there.
+LOOKING = (
+    "import time; from mlx_llama_apps.chat import view; look = view.is_in_foreground; "
+    "view.is_in_foreground = lambda descriptor: (look(descriptor), time.sleep(0.02))[0]; " + CODE
+)
 
-def stopped_job(home: Path, model: Path, *options: str) -> Terminal:
+
+def stopped_job(home: Path, model: Path, *options: str, code: str = CODE) -> Terminal:
     """Start a chat from a shell, and stop it in mid-answer."""
     terminal = Terminal(home, argv=["bash", "--norc", "--noprofile", "-i"], PS1="shell: ")
     terminal.expect("shell:")
-    chat = [sys.executable, "-c", CODE, "chat", str(model), "--ignore-eos", "--seed", "1"]
+    chat = [sys.executable, "-c", code, "chat", str(model), "--ignore-eos", "--seed", "1"]
     terminal.send(shlex.join([*chat, *options]) + "\r")
     terminal.prompt()
     terminal.send("hello\r")
@@ -62,15 +69,19 @@ def test_stopped_job_goes_on_where_it_was(home: Path, chat_model: Path) -> None:
     terminal.child.close(force=True)
 
 
-def test_job_in_the_background_answers_and_waits_there(home: Path, chat_model: Path) -> None:
+@pytest.mark.parametrize(("code", "length"), [(CODE, "400"), (LOOKING, "150")], ids=["", "looking"])
+def test_job_in_the_background_answers_and_waits_there(
+    home: Path, chat_model: Path, code: str, length: str
+) -> None:
     """Ctrl-Z and bg: the answer goes on to its end, and the shell keeps its terminal."""
-    terminal = stopped_job(home, chat_model, "--max-tokens", "400")
+    terminal = stopped_job(home, chat_model, "--max-tokens", length, code=code)
     terminal.send("bg\r")
 
     def answer_has_ended() -> bool:
         terminal.send("jobs\r")
         terminal.feed(0.3)
-        return "Stopped" in terminal.flat.rpartition("jobs")[2]
+        _, asked, told = terminal.flat.rpartition("jobs")
+        return bool(asked) and "Stopped" in told
 
     terminal.until(answer_has_ended, "job that waits for the terminal")
     terminal.send("stty -a; echo $((40 + 2)) at the shell\r")
