@@ -17,6 +17,7 @@
 #include "mlx/scheduler.h"
 #include "operations.h"
 #include "primitives.h"
+#include "untransformed.h"
 
 namespace mlk::graph {
 
@@ -104,9 +105,9 @@ inline Rows rows_of(const array& x, const Straight& straight) {
 }
 
 // One output, on the CPU, computed by `run` on the stream's thread.
-class OnCpu : public mx::UnaryPrimitive {
+class OnCpu : public Untransformed<mx::UnaryPrimitive> {
  public:
-  explicit OnCpu(mx::Stream stream) : UnaryPrimitive(stream) {}
+  explicit OnCpu(mx::Stream stream) : Untransformed(stream) {}
 
   void eval_cpu(const std::vector<array>& inputs, array& out) override {
     // MLX allocates arrays when they are queued, and gives back what an operation read when the

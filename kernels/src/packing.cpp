@@ -41,9 +41,9 @@ PackedGroups packed_groups(std::vector<array>& to) {
 }
 
 // What makes words, scales and biases: three outputs, so not one of OnCpu's.
-class ToPacked : public mx::Primitive {
+class ToPacked : public Untransformed<mx::Primitive> {
  public:
-  ToPacked(mx::Stream stream, int group, int bits) : Primitive(stream), group_(group), bits_(bits) {}
+  ToPacked(mx::Stream stream, int group, int bits) : Untransformed(stream), group_(group), bits_(bits) {}
   bool is_equivalent(const Primitive& other) const override {
     const auto& o = dynamic_cast<const ToPacked&>(other);
     return group_ == o.group_ && bits_ == o.bits_;
