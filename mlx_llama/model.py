@@ -44,8 +44,7 @@ class Block:
 class LlamaModel:
     """A decoder of `n_layers` blocks: pre-norm, grouped-query attention, SwiGLU.
 
-    activations: "float32", or "int8" where packed products round them. Products read it when they
-    are computed: evaluate a pass before one of a model that takes them otherwise begins.
+    activations: "float32", or "int8" where packed products round them.
     """
 
     def __init__(
@@ -120,7 +119,7 @@ class LlamaModel:
         h = self.tok_embeddings.rows(tokens)
         for layer, block in enumerate(self.blocks):
             asked = positions if layer == len(self.blocks) - 1 else None
-            ops.use_activations(self.activations)  # at each layer: others may compute in between
+            ops.use_activations(self.activations)  # at each layer: others may build in between
             h = self._attention(layer, block, h, cache, asked)
             yield h
             ops.use_activations(self.activations)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +22,6 @@ from mlx_llama.dtypes import name_of
 from mlx_llama.errors import OptionError
 from mlx_llama.options import FLOAT32, INT8
 
-_taken = SimpleNamespace(activations=FLOAT32)  # as the kernels were told last
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -208,11 +206,9 @@ def choose_activations(forms: Collection[QuantFormat], *, asked: str | None) -> 
 
 
 def use_activations(chosen: str) -> None:
-    """Let products take activations so; what is under way is waited for, what is not changes."""
-    if chosen != _taken.activations and (ours := kernels()) is not None:
-        mx.synchronize()
+    """Let products take activations so that this thread puts into a graph from now on."""
+    if (ours := kernels()) is not None:
         ours.use_byte_activations(chosen == INT8)
-        _taken.activations = chosen
 
 
 def _kernels_for(option: str, asked: object, what: str) -> Any:

@@ -85,7 +85,8 @@ NB_MODULE(_kernels, m) {
   m.def("use_instructions", [](const std::string& name) { return mlk::choose(name.c_str()); },
         "name"_a, "Take another instruction set; False where this processor lacks it.");
   m.def("use_byte_activations", &mlk::graph::use_byte_activations, "asked"_a,
-        "Whether packed matrices take activations as whole numbers of 8 bits; at first they do not.");
+        "Whether packed matrices take activations as whole numbers of 8 bits, in what this thread puts into\n"
+        "a graph from then on; at first they do not.");
   m.def("threads", [] { return mlk::Pool::shared().threads(); }, "Number of threads that work.");
   m.def("use_threads", [](size_t n) {
     nb::gil_scoped_release release;

@@ -1,7 +1,6 @@
 // What the primitives share: arrays as plain memory, and running on the CPU's stream.
 #pragma once
 
-#include <atomic>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -33,8 +32,9 @@ inline Type type_of(const array& a) {
   return a.dtype() == mx::bfloat16 ? Type::bf16 : Type::f16;
 }
 
-// Whether packed matrices take activations as whole numbers of 8 bits.
-inline std::atomic<bool> takes_bytes{false};
+// Whether packed matrices take activations as whole numbers of 8 bits: where this thread puts products
+// into a graph, which keep it.
+inline thread_local bool takes_bytes = false;
 
 template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {

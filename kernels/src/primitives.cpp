@@ -9,26 +9,27 @@ namespace {
 class QuantizedProduct : public OnCpu {
  public:
   QuantizedProduct(mx::Stream stream, int group, int bits)
-      : OnCpu(stream), group_(group), bits_(bits) {}
+      : OnCpu(stream), group_(group), bits_(bits), is_coarse_(takes_bytes) {}
   const char* name() const override { return "MlxLlamaQuantizedProduct"; }
   bool is_equivalent(const Primitive& other) const override {
     const auto& o = dynamic_cast<const QuantizedProduct&>(other);
-    return group_ == o.group_ && bits_ == o.bits_;
+    return group_ == o.group_ && bits_ == o.bits_ && is_coarse_ == o.is_coarse_;
   }
 
  protected:
   Work work() const override {
-    return [group = group_, bits = bits_](const std::vector<array>& in, array& out) {
+    return [group = group_, bits = bits_, is_coarse = is_coarse_](const std::vector<array>& in, array& out) {
       Straight x(in[0]), words(in[1]), scales(in[2]), biases(in[3]);
       Matrix a{words.data(), type_of(in[2]), size_t(in[1].shape(0)), size_t(in[0].shape(-1)),
                bits,         group,          scales.data(),          biases.data(),
-               takes_bytes};
+               is_coarse};
       mlk::matrix_product(Pool::shared(), chosen(), a, rows_of(in[0], x), out.data<char>());
     };
   }
 
  private:
   int group_, bits_;
+  bool is_coarse_;
 };
 
 class Product : public OnCpu {

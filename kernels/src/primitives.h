@@ -15,7 +15,7 @@ namespace mx = mlx::core;
 
 mx::array quantized_matmul(const mx::array& x, const mx::array& weight, const mx::array& scales,
                            const mx::array& biases, int group_size, int bits);
-// For all products with packed matrices that are computed from then on.
+// For all products with packed matrices that this thread puts into a graph from then on.
 void use_byte_activations(bool asked);
 mx::array matmul(const mx::array& x, const mx::array& weight);
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps);

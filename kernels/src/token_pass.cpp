@@ -107,11 +107,11 @@ Kept kept_of(const Storage& how, std::vector<array>& buffers, size_t at) {
   return {buffer(0), how.bits, how.group, buffer(1), buffer(2)};
 }
 
-class PassedToken : public mx::Primitive {
+class PassedToken : public Untransformed<mx::Primitive> {
  public:
   PassedToken(mx::Stream stream, std::shared_ptr<const Weights> weights, const Caches& caches, Token token,
               bool has_sight, bool is_coarse)
-      : Primitive(stream), weights_(std::move(weights)), caches_(caches), token_(token),
+      : Untransformed(stream), weights_(std::move(weights)), caches_(caches), token_(token),
         has_sight_(has_sight), is_coarse_(is_coarse) {}
   const char* name() const override { return "MlxLlamaToken"; }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import mlx.core as mx
 import numpy as np
@@ -118,6 +120,59 @@ def test_what_is_under_way_is_finished_as_it_was_begun() -> None:
     ops.use_activations("int8")
     assert mx.array_equal(under_way, exact).item()
     assert not mx.array_equal(products(), exact).item()
+
+
+@pytest.fixture
+def avx2() -> Iterator[None]:
+    """Instructions that round for a single token, too."""
+    kernels = native.kernels()
+    assert kernels is not None
+    before = kernels.instructions()
+    if not kernels.use_instructions("avx2"):
+        pytest.skip("this processor has no avx2")
+    yield
+    kernels.use_instructions(before)
+
+
+@needs_rounding
+@pytest.mark.parametrize("n_tokens", [40, 1])
+def test_unevaluated_passes_of_two_models_share_nothing(
+    packed_model: Path, n_tokens: int, avx2: None
+) -> None:
+    """Products were rounded or not as the model asked that was last when they were computed."""
+    model = mlx_llama.load(packed_model).model
+    models = (model, model.with_activations("int8"))
+    ids = mx.array([IDS[:n_tokens]])
+    alone = []
+    for each in models:
+        mx.eval(logits := each(ids))
+        alone.append(logits)
+    assert not mx.array_equal(*alone).item()
+    together = [each(ids) for each in models]
+    mx.eval(together)
+    for found, expected in zip(together, alone, strict=True):
+        assert mx.array_equal(found, expected).item()
+
+
+@needs_rounding
+def test_threads_take_activations_each_as_it_asked() -> None:
+    words = mx.array(np.random.default_rng(0).integers(0, 2**32, (32, 16), dtype=np.uint32))
+    x, scales = mx.random.normal((40, 128), key=mx.random.key(0)), mx.ones((32, 2))
+    mx.eval(words, x, scales)
+
+    def of(asked: str) -> np.ndarray:
+        ops.use_activations(asked)
+        met.wait(timeout=20)  # until the other thread has asked, too
+        return np.array(ops.quantized_linear(x, words, scales, -scales, FORM))
+
+    met = Barrier(1)
+    alone = [of(asked) for asked in ("int8", "float32")]
+    assert (alone[0] != alone[1]).any()
+    met = Barrier(2)
+    with ThreadPoolExecutor(2) as threads:
+        both = list(threads.map(of, ("int8", "float32")))
+    for found, expected in zip(both, alone, strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 @needs_rounding
