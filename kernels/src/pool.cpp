@@ -121,16 +121,21 @@ void Pool::resize(size_t threads) {
   }
 }
 
-float* Pool::scratch(size_t thread, size_t floats) {
-  auto& memory = scratch_[thread];
-  if (memory.size() < floats) memory.resize(floats);
+namespace {
+
+// Given back first: nothing of it is wanted any more, and what grows step by step takes too much.
+float* at_least(std::vector<float>& memory, size_t floats) {
+  if (memory.size() < floats) {
+    memory = std::vector<float>();
+    memory.resize(floats);
+  }
   return memory.data();
 }
 
-float* Pool::common(size_t floats) {
-  if (common_.size() < floats) common_.resize(floats);
-  return common_.data();
-}
+}  // namespace
+
+float* Pool::scratch(size_t thread, size_t floats) { return at_least(scratch_[thread], floats); }
+float* Pool::common(size_t floats) { return at_least(common_, floats); }
 
 void Pool::run(size_t n, size_t grain, Call call, void* context) {
   if (n == 0) return;
