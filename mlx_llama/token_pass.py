@@ -56,6 +56,8 @@ def token_pass(
 ) -> TokenPass | None:
     """Make the pass of a model; None where the kernels do not take all of it.
 
+    Raises ValueError for matrices that do not fit together.
+
     layers: attention_norm, wqkv, wo, ffn_norm, w13, w2 of each.
     """
     ours = ops.kernels()

@@ -1,7 +1,5 @@
 // Packing of weights, and of a cache's new rows; and unpacking.
-#include <algorithm>
-
-#include "on_cpu.h"
+#include "in_place.h"
 #include "primitives.h"
 
 namespace mlk::graph {
@@ -87,28 +85,13 @@ class PackedAppend : public ToPacked {
   }
 
   void eval_cpu(const std::vector<array>& inputs, std::vector<array>& outputs) override {
-    // The buffers are inputs of each output. All are computed now, so that one of them may hold them:
-    // what three hold cannot be given away.
-    for (array& out : outputs) {
-      if (&out.inputs() != &inputs && !out.is_tracer()) out.inputs().clear();
-    }
-    auto is_free = [](const array& buffer) { return buffer.is_donatable(); };
-    // MLX holds what an append made until the stream has done it. Waiting costs less than a copy.
-    if (!std::all_of(inputs.begin(), inputs.begin() + outputs.size(), is_free)) mx::synchronize(stream());
+    take_over(stream(), inputs, 0, outputs, outputs.size());
     std::vector<array> in, to;
-    for (size_t i = 0; i < outputs.size(); ++i) {
-      const array& buffer = inputs[i];
-      if (is_free(buffer) && buffer.flags().row_contiguous) outputs[i].copy_shared_buffer(buffer);
-      else outputs[i].set_data(mx::allocator::malloc(outputs[i].nbytes()));
-      to.push_back(array::unsafe_weak_copy(outputs[i]));
-    }
+    for (const array& out : outputs) to.push_back(array::unsafe_weak_copy(out));
     for (const array& input : inputs) in.push_back(array::unsafe_weak_copy(input));
     auto task = [row = size_t(row_), group = group_, bits = bits_, in = std::move(in),
                  to = std::move(to)]() mutable {
-      for (size_t i = 0; i < to.size(); ++i) {
-        char* data = to[i].data<char>();
-        if (in[i].data<char>() != data) std::memcpy(data, Straight(in[i]).data(), to[i].nbytes());
-      }
+      copy_apart(in, 0, to);
       Headed x(in.back());
       mlk::append_packed(Pool::shared(), chosen(), x.get(),
                          {to[0].data<uint32_t>(), to[1].data<void>(), to[2].data<void>(), type_of(to[1]),

@@ -149,8 +149,8 @@ void Pool::run(size_t n, size_t grain, Call call, void* context) {
   n_ = n, grain_ = grain, call_ = call, context_ = context;
   done_.store(0, std::memory_order_relaxed);
   uint32_t job = job_.load(std::memory_order_relaxed) + 1;
-  for (size_t i = 0, n = threads(); i < n; ++i) {
-    uint64_t first = ranges * i / n, last = ranges * (i + 1) / n;
+  for (size_t i = 0, shares = threads(); i < shares; ++i) {
+    uint64_t first = ranges * i / shares, last = ranges * (i + 1) / shares;
     shares_[i].state.store(uint64_t(job) << 32 | last << 16 | first, std::memory_order_release);
   }
   job_.store(job, std::memory_order_release);

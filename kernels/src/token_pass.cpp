@@ -1,6 +1,9 @@
 #include "token_pass.h"
 
-#include "on_cpu.h"
+#include <algorithm>
+#include <cmath>
+
+#include "in_place.h"
 #include "token.h"
 
 namespace mlk::graph {
@@ -118,20 +121,18 @@ class PassedToken : public Untransformed<mx::Primitive> {
   // inputs: the token, the buffers, perhaps sight, and perhaps what is to be over before. outputs:
   // logits, what says that it is over, and the buffers where they are not written as they are.
   void eval_cpu(const std::vector<array>& inputs, std::vector<array>& outputs) override {
+    const size_t n = weights_->model().blocks.size() * caches_.arrays();
     for (size_t i : {0, 1}) outputs[i].set_data(mx::allocator::malloc(outputs[i].nbytes()));
-    if (outputs.size() > 2) take_over(inputs, outputs);
+    if (outputs.size() > 2) take_over(stream(), inputs, 1, outputs, n);
     std::vector<array> in, buffers;
     for (const array& a : inputs) in.push_back(array::unsafe_weak_copy(a));
-    for (size_t i = 0, n = weights_->model().blocks.size() * caches_.arrays(); i < n; ++i) {
+    for (size_t i = 0; i < n; ++i) {
       buffers.push_back(array::unsafe_weak_copy(outputs.size() > 2 ? outputs[2 + i] : inputs[1 + i]));
     }
     auto task = [weights = weights_, caches = caches_, token = token_, has_sight = has_sight_,
                  is_coarse = is_coarse_, in = std::move(in), buffers = std::move(buffers),
                  logits = array::unsafe_weak_copy(outputs[0])]() mutable {
-      for (size_t i = 0; i < buffers.size(); ++i) {
-        char* to = buffers[i].data<char>();
-        if (in[1 + i].data<char>() != to) std::memcpy(to, Straight(in[1 + i]).data(), buffers[i].nbytes());
-      }
+      copy_apart(in, 1, buffers);
       std::vector<Kept> keys, values;
       for (size_t at = 0; at < buffers.size(); at += caches.arrays()) {
         keys.push_back(kept_of(caches.keys, buffers, at));
@@ -139,7 +140,11 @@ class PassedToken : public Untransformed<mx::Primitive> {
       }
       token.id = *in[0].data<uint32_t>(), token.keys = keys.data(), token.values = values.data();
       const Model& model = weights->model();
-      if (token.id >= model.embeddings[0].rows) refuse("token: no row ", token.id, " of the embeddings");
+      if (token.id >= model.embeddings[0].rows) {
+        // An error of this thread would meet whoever waits next.
+        std::fill_n(logits.data<float>(), logits.size(), std::nanf(""));
+        return;
+      }
       std::unique_ptr<Straight> sight;
       if (has_sight) sight = std::make_unique<Straight>(in[1 + buffers.size()]);
       if (has_sight) token.sight = static_cast<const int32_t*>(sight->data());
@@ -153,20 +158,6 @@ class PassedToken : public Untransformed<mx::Primitive> {
   }
 
  private:
-  // Gives each buffer's memory to its output where nobody else holds it.
-  void take_over(const std::vector<array>& inputs, std::vector<array>& outputs) {
-    // What would seem to hold the buffers: operations under way, and each output its inputs.
-    mx::synchronize(stream());
-    for (array& out : outputs) {
-      if (&out.inputs() != &inputs && !out.is_tracer()) out.inputs().clear();
-    }
-    for (size_t i = 2; i < outputs.size(); ++i) {
-      const array& in = inputs[i - 1];
-      if (in.flags().row_contiguous && in.is_donatable()) outputs[i].copy_shared_buffer(in);
-      else outputs[i].set_data(mx::allocator::malloc(outputs[i].nbytes()));
-    }
-  }
-
   std::shared_ptr<const Weights> weights_;
   Caches caches_;
   Token token_;

@@ -26,7 +26,7 @@ class TokenPass {
 
   // token (1, 1) uint32; keys and values: of each layer the buffers (1, n_kv_heads, S, ·), plain, or
   // words, scales and biases. The token takes `row` of them and sees the first n_rows, or of these
-  // what `sight` (2, n_rows) says.
+  // what `sight` (2, n_rows) says. What is no row of the embeddings has no logits that are numbers.
   // Returns logits (1, 1, V) float32, what says that the pass is over, and all keys and values with the
   // new row, in place where nobody else holds them. after: what the last pass returned second; given it,
   // the very buffers are written, and none are returned. Nobody but the cache may hold them then.

@@ -252,7 +252,7 @@ class KVCache:
 
     @property
     def has_slots(self) -> bool:
-        """Whether each layer has buffers, and keys and values are stored by heads that fit."""
+        """Whether each layer has buffers: none before the first pass."""
         return self.offset > 0
 
     def slots(self) -> Slots:

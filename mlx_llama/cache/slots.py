@@ -52,7 +52,10 @@ class Buffers:
         """Return keys and values of n_rows at least, and what `take` was told last, if it holds."""
         if self._own is not None and self._own[0][0][0].shape[2] >= n_rows:
             return *self._own, self._after
-        stored = [layer.grown(n_rows) for layer in self.layers]
+        stored = []
+        for layer in self.layers:
+            stored.append(layer.grown(n_rows))
+            mx.eval(layer.arrays)  # one after the other: old and new stand together for one alone
         return [[*k.arrays] for k, _ in stored], [[*v.arrays] for _, v in stored], None
 
     def take(self, over: mx.array, keys: Arrays, values: Arrays) -> None:

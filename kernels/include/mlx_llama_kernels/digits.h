@@ -282,7 +282,7 @@ static inline void row_products(const Matrix& a, const Prepared& x, size_t row, 
       const char* from = data + b * L::BYTES;
       if (b < whole) {
 #pragma GCC unroll 8
-        for (int at = 0; at < R * L::BYTES; at += 64) __builtin_prefetch(ahead + at);
+        for (int line = 0; line < R * L::BYTES; line += 64) __builtin_prefetch(ahead + line);
         ahead += R * L::BYTES;
         block(from, L::BYTES, b, at);
       } else {

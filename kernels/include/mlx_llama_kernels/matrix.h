@@ -9,8 +9,9 @@
 
 namespace mlk::MLK_ISA {
 
-// How many bytes ahead the memory is asked, where rows of so many bytes together take turns: line after
-// line, which it gives a fifth faster than in the order of use. Whatever comes first was asked for.
+// How many bytes ahead the memory is asked where rows take turns that have so many bytes together: line
+// after line, which it gives a fifth faster than in the order of use. So far that of the next rows, which
+// all begin at once, the last one's first line has come.
 static inline size_t far_ahead(size_t rows) { return (rows > 8192 ? rows : 8192) + 2048; }
 
 // Packed numbers, of which each 32-bit word holds a whole number: 2, 4 and 8 bits. They are taken
