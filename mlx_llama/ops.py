@@ -385,30 +385,3 @@ def swiglu(x: mx.array) -> mx.array:
         return ours.swiglu(x)
     gate, up = mx.split(x, 2, axis=-1)
     return gate * mx.sigmoid(gate) * up
-
-
-def likeliest(logits: mx.array) -> mx.array:
-    """Return the first of the likeliest tokens, (1,) uint32, of logits (V,) float32."""
-    ours = kernels()
-    if ours is None or logits.dtype != mx.float32:
-        return mx.argmax(logits, keepdims=True)
-    return ours.likeliest(logits)
-
-
-def draw(logits: mx.array, key: mx.array) -> mx.array:
-    """Draw a token, (1,) uint32, by logits (V,) float32 and a key (2,) uint32.
-
-    The native kernels draw the same one, unless rounding decides.
-    """
-    ours = kernels()
-    if ours is None or logits.dtype != mx.float32:
-        return mx.random.categorical(logits[None], key=key)
-    return ours.draw(logits, key)
-
-
-def keep_likeliest(logits: mx.array, *, top_k: int, top_p: float, min_p: float) -> mx.array | None:
-    """Set all but the likeliest logits (V,) to minus infinity; None where MLX's operations do."""
-    ours = kernels()
-    if ours is None or logits.dtype != mx.float32:
-        return None
-    return ours.keep_likeliest(logits, top_k, top_p, min_p)

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_llama import ops
+from mlx_llama import token_ops
 from mlx_llama.errors import CheckpointError, OptionError
 from mlx_llama.options import DEFAULT_TEMPERATURE, DEFAULT_TOP_P, GenerationOptions
 from mlx_llama.tokenizer import Tokenizer
@@ -141,7 +141,7 @@ class Sampler:
         logits = self._penalized(logits)
         temperature = self._options.temperature or 0.0
         if temperature < LEAST_TEMPERATURE:
-            token = ops.likeliest(logits)
+            token = token_ops.likeliest(logits)
         else:
             kept = keep_likeliest(
                 logits / temperature,
@@ -151,7 +151,7 @@ class Sampler:
             )
             # A key of seed and count needs no state that the graph would have to carry.
             key = mx.array([self._options.seed or 0, self._draws], dtype=mx.uint32)
-            token = ops.draw(kept, key)
+            token = token_ops.draw(kept, key)
         self._draws += 1
         if self._counts is not None:
             self._counts = self._counts.at[token].add(1.0)
@@ -179,7 +179,7 @@ def keep_likeliest(logits: mx.array, *, top_k: int, top_p: float, min_p: float) 
     is_all = not 0 < top_k < logits.size and top_p >= 1.0 and min_p <= 0.0
     if is_all:
         return logits
-    kept = ops.keep_likeliest(logits, top_k=top_k, top_p=top_p, min_p=min_p)
+    kept = token_ops.keep_likeliest(logits, top_k=top_k, top_p=top_p, min_p=min_p)
     return _by_arrays(logits, top_k, top_p, min_p) if kept is None else kept
 
 

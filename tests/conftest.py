@@ -9,7 +9,7 @@ import pytest
 
 from tiny_models import write_model
 
-# A shell's job in the background ignores Ctrl-C, one under nohup a terminal that closes, and programs
+# A shell's job in the background ignores Ctrl-C, and under nohup a terminal that closes; programs
 # that are begun here would do so too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

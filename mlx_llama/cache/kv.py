@@ -1,10 +1,9 @@
-"""The caches themselves: what a model needs of one, the one that keeps nothing, and the real one.
+"""The cache of a text: keys and values of all layers.
 
-A cache is owned by the caller, not by attention. A pass of the model calls `begin` once, `append`
-once a layer and `advance` once at the end. A pass that is given up before `advance` never was, but
-that a single token in a full ring has taken the row of the oldest one, which is then forgotten.
-What a cache must do between passes (`upkeep`) comes in pieces, each of which is done or not, so
-that it can be left at any of them and gone on with.
+A pass that is given up before `advance` never was, but that a single token in a full ring has taken
+the row of the oldest one, which is then forgotten. What a cache must do between passes (`upkeep`)
+comes in pieces, each of which is done or not, so that it can be left at any of them and gone on
+with.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Protocol
 
 import mlx.core as mx
 
@@ -27,70 +25,6 @@ UNPACKED = KVBits()
 STEP = 256  # tokens; buffers grow and shrink by multiples of it
 TURN_ROWS = 1024  # keys that are turned back at once, in float32
 SLACK = 4  # a buffer that is this many times too long is given back
-
-
-class Cache(Protocol):
-    """What a model needs of a cache."""
-
-    @property
-    def position(self) -> int:
-        """RoPE position of the next token."""
-        ...
-
-    def begin(self, n_tokens: int) -> None:
-        """Prepare for a pass of new tokens."""
-        ...
-
-    def append(self, layer: int, k: mx.array, v: mx.array) -> View:
-        """Store k, v (B, K, L, D) of one layer; return what their queries may see."""
-        ...
-
-    @property
-    def has_slots(self) -> bool:
-        """Whether `slots` can be asked for, once a pass of one token has begun."""
-        ...
-
-    def slots(self) -> Slots:
-        """Return what a pass of one token finds, instead of `append` for each layer."""
-        ...
-
-    def fill_slots(self, over: mx.array, keys: Arrays, values: Arrays) -> None:
-        """Note what such a pass returns: what says that it is over, and buffers that are new."""
-        ...
-
-    def advance(self, n_tokens: int) -> None:
-        """Count the tokens that every layer has stored."""
-        ...
-
-
-class NoCache:
-    """One pass over a whole sequence: nothing is kept."""
-
-    position = 0
-    has_slots = False
-
-    def __init__(self) -> None:
-        self._sight = Sight(0, 0)
-
-    def begin(self, n_tokens: int) -> None:
-        """Note the length."""
-        self._sight = Sight(0, n_tokens)
-
-    def append(self, layer: int, k: mx.array, v: mx.array) -> View:
-        """Show k and v as they are."""
-        del layer
-        return View(((Stored((k,)), Stored((v,))),), self._sight)
-
-    def slots(self) -> Slots:
-        """Not to be asked for, as `has_slots` says."""
-        raise ValueError("no cache has no slots")
-
-    def fill_slots(self, over: mx.array, keys: Arrays, values: Arrays) -> None:
-        """Not to be asked for, as `has_slots` says."""
-        raise ValueError("no cache has no slots")
-
-    def advance(self, n_tokens: int) -> None:
-        """Do nothing."""
 
 
 class KVCache:
