@@ -162,17 +162,21 @@ void swiglu(Pool& pool, const Table& table, const Rows& x, void* y) {
   });
 }
 
+void turn_of(const float* periods, size_t half, int position, float* cosines, float* sines) {
+  for (size_t i = 0; i < half; ++i) {
+    float angle = float(position) * (1.0f / periods[i]);
+    cosines[i] = std::cos(angle);
+    sines[i] = std::sin(angle);
+  }
+}
+
 void rotate(Pool& pool, const Table& table, const Heads& x, const float* periods, int offset,
             void* y) {
   size_t half = x.dim / 2;
   auto held = pool.lock();
   float* angles = pool.common(rotation_scratch(x).common);
   for (size_t m = 0; m < x.m; ++m) {
-    for (size_t i = 0; i < half; ++i) {
-      float angle = float(offset + int(m)) * (1.0f / periods[i]);
-      angles[m * half + i] = std::cos(angle);
-      angles[(x.m + m) * half + i] = std::sin(angle);
-    }
+    turn_of(periods, half, offset + int(m), angles + m * half, angles + (x.m + m) * half);
   }
   pool.each(x.batch * x.heads, rows_at_once(x.m * x.dim), [&](size_t first, size_t last, size_t) {
     table.rotate(x, angles, y, first, last);

@@ -21,7 +21,9 @@ Scratch rotation_scratch(const Heads& x);
 void matrix_product(Pool&, const Table&, const Matrix&, const Rows& x, void* y);
 void rms_norm(Pool&, const Table&, const Rows& x, const void* weight, Type, float eps, void* y);
 void swiglu(Pool&, const Table&, const Rows& x, void* y);
-// periods: (dim / 2), 1 over the frequency; the first row stands at offset.
+// The cosines and sines that a head at a position turns by. periods: (half), 1 over the frequency.
+void turn_of(const float* periods, size_t half, int position, float* cosines, float* sines);
+// periods: (dim / 2); the first row stands at offset.
 void rotate(Pool&, const Table&, const Heads& x, const float* periods, int offset, void* y);
 // The rows of x into a cache's buffer, in its type.
 void append(Pool&, const Table&, const Heads& x, const Buffer& to);

@@ -1,6 +1,5 @@
 #include "token.h"
 
-#include <cmath>
 #include <cstring>
 #include <memory>
 
@@ -54,7 +53,8 @@ class Pass {
 
   void run(float* logits) {
     look_up(table_, model_.embeddings[0], token_.id, h_);
-    turn();
+    size_t half = model_.head_dim / 2;  // all layers turn by the same angles
+    turn_of(model_.periods, half, token_.position, angles_, angles_ + half);
     for (size_t layer = 0; layer < model_.blocks.size(); ++layer) {
       auto held = pool_.lock();  // between two jobs nobody else's begins
       const Block& block = model_.blocks[layer];
@@ -68,16 +68,6 @@ class Pass {
 
  private:
   size_t dim() const { return model_.embeddings[0].columns; }
-
-  // The angles that all layers turn by.
-  void turn() {
-    size_t half = model_.head_dim / 2;
-    for (size_t i = 0; i < half; ++i) {
-      float angle = float(token_.position) * (1.0f / model_.periods[i]);
-      angles_[i] = std::cos(angle);
-      angles_[half + i] = std::sin(angle);
-    }
-  }
 
   void norm(const Norm& by) {
     table_.rms_norm({h_, Type::f32, 1, dim()}, by.weight, by.type, model_.eps, normed_, 0, 1);
