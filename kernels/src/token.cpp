@@ -1,6 +1,5 @@
 #include "token.h"
 
-#include <cstring>
 #include <memory>
 
 namespace mlk {
