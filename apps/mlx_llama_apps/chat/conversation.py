@@ -230,7 +230,7 @@ class Conversation:
         context, nbytes, chat_id = self._inference.call(
             lambda talk: (talk.session.context, talk.session.cache.nbytes, talk.chat_id)
         )
-        policy = "slides when full" if context.slides else "stops when full"
+        policy = f"{settings.value('on_full')}s when full"  # asks, stops or slides
         held = f"{context.capacity} tokens ({context.reason}), {policy}, cache {size(nbytes)}"
         self._view.table([*rows, ("chat", chat_id or "not saved"), ("in use", held)])
 

@@ -29,6 +29,17 @@ def test_what_a_token_takes_is_told_of_the_bits_in_use(base_model: Path, start: 
     terminal.expect("512 bytes each")
 
 
+def test_show_says_what_a_full_context_does_as_set_has_it(chat_model: Path, start: Start) -> None:
+    """It once said "stops when full" where on_full was ask."""
+    terminal = start(chat_model, columns=100)
+    terminal.enter("/show")
+    terminal.expect("asks when full")
+    for value in ("stop", "slide"):
+        terminal.enter(f"/set on_full {value}")
+        terminal.enter("/show")
+        terminal.expect(f"{value}s when full")
+
+
 def test_conversation_is_saved_and_resumed_with_its_cache(
     home: Path, chat_model: Path, start: Start
 ) -> None:
