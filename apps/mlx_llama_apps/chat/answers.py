@@ -84,6 +84,13 @@ class Answers:
             if self._offer.text:  # its files are offered again with it
                 self.attached = attached
 
+    def drop_files(self) -> None:
+        """Let no file wait for the next message, which is another chat's; say so."""
+        if self.attached:
+            names = ", ".join(each.name for each in self.attached)
+            self._parts.view.say(f"no file goes with the next message any more ({names})")
+            self.attached = []
+
     def edit(self) -> None:
         """Offer the last question to be changed; sent, it takes the old one's place."""
         asked = self._last_question()

@@ -51,7 +51,7 @@ class Conversation:
         self._reader = Reader(paths.history_file(), complete=complete, toolbar=self._toolbar)
         parts = Parts(inference, view, self._reader, settings)
         self._answers = Answers(parts, self.clear)
-        self.shelf = Shelf(parts, folders)
+        self.shelf = Shelf(parts, folders, self._answers.drop_files)
         self._offer = NOTHING  # what the prompt was begun with
         self._is_leaving = False
 
@@ -293,6 +293,7 @@ class Conversation:
         self._inference.call(lambda talk: talk.clear())
         kept = f"; the one before is kept as {chat_id}" if chat_id else ""
         self._view.say(f"a new chat; system prompt and settings stay{kept}")
+        self._answers.drop_files()
 
     def chats(self, argument: str) -> None:
         """List the saved chats, open or delete one."""

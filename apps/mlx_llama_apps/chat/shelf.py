@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from mlx_llama.errors import OptionError
@@ -16,10 +17,11 @@ from mlx_llama_apps.terminal import StatusLine, size
 
 
 class Shelf:
-    """What /chats, /save and /load do."""
+    """What /chats, /save and /load do. on_other: called when another chat was taken up."""
 
-    def __init__(self, parts: Parts, folders: Folders) -> None:
+    def __init__(self, parts: Parts, folders: Folders, on_other: Callable[[], None]) -> None:
         self._parts = parts
+        self._on_other = on_other
         self._folders = folders
         self._listed: list[SavedChat] = []  # what was numbered
 
@@ -80,6 +82,7 @@ class Shelf:
                 lambda talk: talk.resume(chat, is_saved=is_saved, settings=settings)
             )
         self.show_resumed(chat, how)
+        self._on_other()
 
     def show_resumed(self, chat: SavedChat, how: str) -> None:
         """Say how a chat was taken up, and show where it ended."""

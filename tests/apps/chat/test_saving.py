@@ -122,6 +122,28 @@ def test_chats_are_loaded_opened_and_deleted(home: Path, chat_model: Path, start
     assert terminal.leave() == 0
 
 
+def test_a_file_that_waits_does_not_follow_into_another_chat(
+    home: Path, tmp_path: Path, chat_model: Path, start: Start
+) -> None:
+    """It went with the first message of a chat that it was not meant for."""
+    notes, kept = tmp_path / "notes.txt", tmp_path / "chat.json"
+    notes.write_text("the world", encoding="utf-8")
+    dropped = "no file goes with the next message any more (notes.txt)"
+    terminal = start(chat_model, "--max-tokens", 3, columns=120)
+    terminal.enter("hello")
+    terminal.enter(f"/save {kept}")
+    (path,) = saved(home)
+    for number, change in enumerate(("/clear", f"/load {kept}", f"/chats {path.stem}"), 1):
+        terminal.enter(f"/read {notes}")
+        terminal.enter(f"/load {tmp_path}/none.json")  # refused: all stays as it was
+        assert terminal.flat.count(dropped) == number - 1
+        terminal.enter(change)
+        terminal.expect(dropped, times=number)
+    terminal.enter("hello")
+    assert said(home)[-2] == "hello"
+    assert terminal.leave() == 0
+
+
 def test_refused_chat_leaves_the_settings(
     home: Path, chat_model: Path, base_model: Path, start: Start
 ) -> None:
