@@ -180,17 +180,19 @@ _TABLE = (
             lambda chat, text: chat.load(text), "file", needs=1),
     Command("clear", "", "begin a new chat; system prompt and settings stay",
             lambda chat, _: chat.clear()),
-    Command("exit", "", "leave", lambda chat, _: chat.leave()),
+    Command("exit", "", "leave; /quit and /q do, too", lambda chat, _: chat.leave()),
 )  # fmt: skip
 
 COMMANDS: Mapping[str, Command] = {command.name: command for command in _TABLE}
+_OTHER_NAMES = {"quit": "exit", "q": "exit"}  # what other programs call it
 
 
 def command_named(name: str) -> Command:
     """Return a command; OptionError, with the nearest name, for one that does not exist."""
-    if name in COMMANDS:
-        return COMMANDS[name]
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    command = COMMANDS.get(_OTHER_NAMES.get(name, name))
+    if command is not None:
+        return command
+    near = difflib.get_close_matches(name, (*COMMANDS, *_OTHER_NAMES), n=1)
     hint = f"did you mean /{near[0]}?" if near else "/help shows them"
     raise OptionError(f"/{name} is no command; {hint} (//{name} sends it as text)")
 

@@ -32,6 +32,8 @@ class Recorder:
         ("hello", None, "hello"),
         ("/help", "help", ""),
         ("/exit ", "exit", ""),
+        ("/quit", "exit", ""),
+        ("/q", "exit", ""),
         ("/set  top_p 0.5", "set", "top_p 0.5"),
         ("//etc/hosts is a file", None, "/etc/hosts is a file"),
         ("help", None, "help"),
@@ -49,6 +51,8 @@ def test_commands_begin_with_one_slash(line: str, name: str | None, rest: str) -
     [
         ("/helo", "did you mean /help"),
         ("/zzz", "/help shows"),
+        ("/quiet", "did you mean /quit"),
+        ("/quit now", "/quit takes nothing"),
         ("/", "/help"),
         ("/undo it", "takes nothing"),
         ("/read", "FILE is missing"),
@@ -102,6 +106,14 @@ def test_every_command_has_an_action_that_is_tested_and_help() -> None:
     COMMANDS["help"].action(chat, "")  # pyright: ignore[reportArgumentType]
     shown = [row[0].split()[0] for call in chat.calls for row in call[1]]
     assert {f"/{name}" for name in COMMANDS} <= set(shown)
+
+
+def test_another_name_is_told_in_the_help_and_shown_once() -> None:
+    chat = Recorder()
+    for name in ("", "exit", "/quit"):
+        COMMANDS["help"].action(chat, name)  # pyright: ignore[reportArgumentType]
+    shown, _, of_exit, of_quit = (call[1] for call in chat.calls)
+    assert of_exit == of_quit == [row for row in shown if "/quit" in " ".join(row)]
 
 
 @pytest.mark.parametrize(
