@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mlx_llama.errors import CheckpointError, OptionError
+from mlx_llama.errors import CheckpointError
 from mlx_llama_apps import paths
+from mlx_llama_apps.progress import remark
 from mlx_llama_apps.terminal import visible
 
 
@@ -19,7 +20,7 @@ def choices_at_hand() -> list[tuple[Path, str]]:
 
 
 def choose_model(found: list[tuple[Path, str]]) -> Path:
-    """List models and let the user pick one by number or name."""
+    """List models and ask until one is picked by number or name. KeyboardInterrupt: none is."""
     if not found:
         raise CheckpointError(
             f"no model is at hand in {paths.models_folder()}; make one: mlx-llama convert "
@@ -27,17 +28,26 @@ def choose_model(found: list[tuple[Path, str]]) -> Path:
         )
     for number, (_, name) in enumerate(found, 1):
         print(visible(f"{number:>3}  {name}"), file=sys.stderr)
+    while (path := _named(found, _answer())) is None:
+        pass
+    return path
+
+
+def _answer() -> str:
     from prompt_toolkit import prompt
 
     try:
-        text = prompt("Which model? [1] ").strip() or "1"
+        return prompt("Which model? [1] ").strip() or "1"
     except EOFError:
         raise KeyboardInterrupt from None
+
+
+def _named(found: list[tuple[Path, str]], text: str) -> Path | None:
+    """Return the model of a number or a name; None, and say what would do, for neither."""
     if text.isdecimal() and 1 <= int(text) <= len(found):
         return found[int(text) - 1][0]
-    named = [path for path, name in found if name == text or path.name == text]
-    if not named:
-        raise OptionError(
-            f"MODEL: {text!r:.60} is none of those; give a number from 1 to {len(found)}"
-        )
-    return named[0]
+    for path, name in found:
+        if text in (name, path.name):
+            return path
+    remark(f"{text!r:.60} is none of those; give a number from 1 to {len(found)}, or a name")
+    return None

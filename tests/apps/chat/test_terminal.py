@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from terminal import CODE, Start, Terminal, messages, new_tokens, records, saved
 
 
@@ -279,3 +280,19 @@ def test_model_is_chosen_from_what_is_at_hand(home: Path, chat_model: Path, star
     terminal.enter("hello")
     assert terminal.leave() == 0
     assert os.fspath(models / "mine") in str(records(saved(home)[0])[0]["model"])
+
+
+@pytest.mark.parametrize("key", ["\x03", "\x04"])
+def test_a_wrong_choice_of_a_model_is_asked_again(home: Path, chat_model: Path, key: str) -> None:
+    """It ended the program."""
+    models = home / "data" / "models"
+    models.mkdir(parents=True)
+    (models / "mine").symlink_to(chat_model)
+    terminal = Terminal(home, HF_HUB_CACHE=str(home / "hub"))
+    for number, wrong in enumerate(("9", "0", "abc"), 1):
+        terminal.expect("Which model?", times=number)
+        terminal.send(f"{wrong}\r")
+        terminal.expect(f"{wrong!r} is none of those; give a number from 1 to")
+    terminal.expect("Which model?", times=4)
+    terminal.send(key)
+    assert terminal.ended() == 130
