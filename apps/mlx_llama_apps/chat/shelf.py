@@ -23,7 +23,7 @@ class Shelf:
         self._parts = parts
         self._on_other = on_other
         self._folders = folders
-        self._listed: list[SavedChat] = []  # what was numbered
+        self._listed: list[SavedChat] = []  # what was shown with numbers
 
     def chats(self, argument: str) -> None:
         """List the saved chats, open or delete one."""
@@ -63,9 +63,15 @@ class Shelf:
         self._parts.view.say("/chats NUMBER opens one, /chats delete NUMBER removes it")
 
     def _chat_named(self, name: str) -> SavedChat:
+        """Return the chat of a number in the list, as it was shown if it was, or of an ID."""
         assert self._folders.chats is not None
-        if name.isdecimal() and 1 <= int(name) <= len(self._listed):
-            return read_chat(self._listed[int(name) - 1].path)
+        if name.isdecimal() and len(name) < len("YYYYMMDD"):
+            listed = self._listed or saved_chats(self._folders.chats)
+            if 1 <= int(name) <= len(listed):
+                return read_chat(listed[int(name) - 1].path)
+            if len(name) < len("YYYY"):  # too short to mean an ID's beginning
+                chats = "1 chat" if len(listed) == 1 else f"{len(listed)} chats"
+                raise ChatError(f"{name}: the list has {chats}; /chats shows it")
         return find_chat(self._folders.chats, name)
 
     def resume(self, chat: SavedChat, *, is_saved: bool = True) -> None:

@@ -122,6 +122,41 @@ def test_chats_are_loaded_opened_and_deleted(home: Path, chat_model: Path, start
     assert terminal.leave() == 0
 
 
+def test_numbers_of_chats_hold_before_the_list_was_shown(
+    home: Path, chat_model: Path, start: Start
+) -> None:
+    """They were taken as beginnings of IDs: 2 for the only chat, or "6 chats begin so"."""
+    terminal = start(chat_model, "--max-tokens", 3, columns=120)
+    terminal.enter("older")
+    terminal.enter("/clear")
+    (older,) = saved(home)
+    terminal.enter("/chats delete 2")
+    terminal.expect("2: the list has 1 chat; /chats shows it")
+    terminal.enter("hello")
+    terminal.enter("/chats 2")
+    terminal.expect(f"{older.stem}, 2 messages")
+    terminal.enter("/chats 0")
+    terminal.expect("0: the list has 2 chats; /chats shows it")
+    terminal.enter(f"/chats {older.stem[:4]}")  # a year is the beginning of an ID
+    terminal.expect("2 chats begin so")
+    assert "y/N" not in terminal.text
+    assert terminal.leave() == 0
+
+
+def test_numbers_are_those_of_the_list_that_was_shown(
+    home: Path, chat_model: Path, start: Start
+) -> None:
+    terminal = start(chat_model, "--max-tokens", 3, columns=120)
+    terminal.enter("older")
+    terminal.enter("/clear")
+    (older,) = saved(home)
+    terminal.enter("/chats")
+    terminal.enter("newer")
+    terminal.enter("/chats 1")  # the first of the list that stands there, not of one of now
+    terminal.expect(f"{older.stem}, 2 messages")
+    assert terminal.leave() == 0
+
+
 def test_a_file_that_waits_does_not_follow_into_another_chat(
     home: Path, tmp_path: Path, chat_model: Path, start: Start
 ) -> None:
