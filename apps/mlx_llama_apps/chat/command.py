@@ -215,12 +215,14 @@ def greeting(talk: Talk) -> str:
     how = "it continues your text; /help" if llama.kind.is_base else "/help"
     base = " (base model)" if llama.kind.is_base else ""
     weights = sum(array.nbytes for array in llama.model.arrays())
-    free = "" if plan.found is None else f" of {size(plan.found)} free"
-    longer = f", up to {context.longest} would" if context.longest > context.capacity else ""
+    free = "" if plan.found is None else f", {size(plan.found)} are free"
+    longer = ""
+    if context.longest > context.capacity:
+        longer = f"; a context of up to {context.longest} tokens would fit"
     return (
         f"{llama.path.name}: {llama.kind.name}{base}, weights {size(weights)}; context "
-        f"{context.capacity} ({context.reason}) fits with up to {size(plan.total)}{free}{longer}; "
-        f"{how} shows the commands"
+        f"{context.capacity} tokens ({context.reason}): model and context take at most "
+        f"{size(plan.total)} of memory{free}{longer}; {how} shows the commands"
     )
 
 

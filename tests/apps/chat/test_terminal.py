@@ -30,6 +30,16 @@ def test_what_a_token_takes_is_told_of_the_bits_in_use(base_model: Path, start: 
     terminal.expect("512 bytes each")
 
 
+def test_opening_line_says_what_the_memory_is_for(chat_model: Path, start: Start) -> None:
+    terminal = start(chat_model, "--context", 64, columns=100)
+    said = re.search(
+        r"context 64 tokens \(.*?\): model and context take at most [\d.]+ [kM]B of memory, "
+        r"[\d.]+ [MG]B are free; a context of up to \d+ tokens would fit; /help",
+        terminal.flat,
+    )
+    assert said, terminal.text
+
+
 def test_show_says_what_a_full_context_does_as_set_has_it(chat_model: Path, start: Start) -> None:
     """It once said "stops when full" where on_full was ask."""
     terminal = start(chat_model, columns=100)
