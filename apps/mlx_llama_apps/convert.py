@@ -193,6 +193,7 @@ def _carry_out(
     care: Care | None,
 ) -> None:
     from mlx_llama_convert import convert_checkpoint
+    from mlx_llama_convert.card import CARD_NAME, loss_line
 
     started, started_cpu = monotonic(), process_time()
     with (
@@ -200,7 +201,7 @@ def _carry_out(
         if care is None
         else nullcontext(care.stages.of(PACKING))
     ) as on_progress:
-        convert_checkpoint(
+        manifest = convert_checkpoint(
             plan,
             target,
             n_threads=thread_count(),
@@ -214,6 +215,8 @@ def _carry_out(
         )
     if care is not None:
         care.stages.tell(care.stages.summary())
+        if (lost := loss_line(manifest)) is not None:
+            care.stages.tell(f"lost      {lost}; more in {target / CARD_NAME}")
     elif not quiet:
         elapsed = max(monotonic() - started, 1e-9)
         rates = [size(int(count / elapsed)) for count in (plan.source_bytes, plan.output_bytes)]

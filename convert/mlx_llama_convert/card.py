@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+CARD_NAME = "README.md"
+
 
 def model_card(manifest: dict[str, Any]) -> str:
     """Return the card's text: what the directory holds, what it was made of, how it was checked."""
@@ -42,6 +44,18 @@ def model_card(manifest: dict[str, Any]) -> str:
         "The license of the source's weights applies to these, too.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def loss_line(manifest: dict[str, Any]) -> str | None:
+    """Say what the predictions lost, in the card's words; None where they were not compared."""
+    found = manifest["certificate"]
+    if found is None or found["divergence"] is None:
+        return None
+    rows = dict(_measured(found["divergence"]))
+    return (
+        f"mean KL divergence {rows[_MEAN_KL]} nats, {_SAME_TOP} {rows[_SAME_TOP]}, "
+        f"perplexity {rows[_PPL_OWN]} (source {rows[_PPL_SOURCE]})"
+    )
 
 
 def _origin(source: dict[str, Any]) -> str:
@@ -113,6 +127,8 @@ def _lost(manifest: dict[str, Any]) -> list[str]:
     ]
 
 
+_MEAN_KL, _SAME_TOP = "mean KL divergence, nats", "same top token"
+_PPL_SOURCE, _PPL_OWN = "perplexity, source", "perplexity, this"
 _NO_PLOT = "No picture: matplotlib was not installed (`pip install 'mlx-llama[plot]'`), or failed."
 
 
@@ -123,16 +139,9 @@ def _predictions(manifest: dict[str, Any], found: dict[str, Any]) -> list[str]:
             "Predictions were not compared (`--no-report`): the error of the weights is all that "
             "was measured."
         ]
-    kld, ratio = divergence["kld"], divergence["ratio"]
     rows = [
         ("bits per weight", f"{manifest['bits_per_weight']}"),
-        ("mean KL divergence, nats", _pm(kld["mean"])),
-        ("median, 99 %, largest", _three(kld)),
-        ("same top token", _pm(divergence["same_top"], 100, " %")),
-        ("perplexity, source", _pm(divergence["ppl_a"])),
-        ("perplexity, this", _pm(divergence["ppl_b"])),
-        ("ratio", _pm(ratio)),
-        ("root mean square change of a probability", _pm(divergence["rms_dp"], 100, " %")),
+        *_measured(divergence),
         ("measured in", f"{found['elapsed_s']:.0f} s, {found['peak_bytes'] / 1e6:.0f} MB"),
     ]
     return [
@@ -143,6 +152,19 @@ def _predictions(manifest: dict[str, Any], found: dict[str, Any]) -> list[str]:
         "| | |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in rows),
+    ]
+
+
+def _measured(divergence: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the numbers of a comparison, by name."""
+    return [
+        (_MEAN_KL, _pm(divergence["kld"]["mean"])),
+        ("median, 99 %, largest", _three(divergence["kld"])),
+        (_SAME_TOP, _pm(divergence["same_top"], 100, " %")),
+        (_PPL_SOURCE, _pm(divergence["ppl_a"])),
+        (_PPL_OWN, _pm(divergence["ppl_b"])),
+        ("ratio", _pm(divergence["ratio"])),
+        ("root mean square change of a probability", _pm(divergence["rms_dp"], 100, " %")),
     ]
 
 

@@ -20,7 +20,7 @@ from mlx_llama.options import DEFAULT_TEMPERATURE, DEFAULT_TOP_P
 from mlx_llama.safetensors_writer import SafetensorsWriter
 from mlx_llama.strict_json import json_text
 from mlx_llama_convert import checklist
-from mlx_llama_convert.card import model_card
+from mlx_llama_convert.card import CARD_NAME, model_card
 from mlx_llama_convert.hashing import Hasher
 from mlx_llama_convert.output import JOURNAL, MANIFEST_NAME, Partial, new_directory
 from mlx_llama_convert.plan import ConversionPlan
@@ -62,8 +62,8 @@ def convert_checkpoint(
     command: Sequence[str] = (),
     on_progress: OnProgress | None = None,
     on_note: Callable[[str], None] | None = None,
-) -> None:
-    """Write the model directory `target`; it appears whole or not at all.
+) -> dict[str, Any]:
+    """Write the model directory `target`, whole or not at all; return its manifest.
 
     force: replace a model directory that is there. verify: run some tokens through the source's
     weights and the written ones (`compare_weights`). certificate: measure what was lost, for
@@ -95,6 +95,7 @@ def convert_checkpoint(
         _finish(partial, hasher, manifest)
     if walk is not None:
         walk.forget()
+    return manifest
 
 
 class _Sources:
@@ -219,7 +220,7 @@ def _note_finished(
 
 def _finish(partial: Partial, hasher: Hasher, manifest: dict[str, Any]) -> None:
     """Write what speaks of all the other files: the card, and the manifest last."""
-    (partial.folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
+    (partial.folder / CARD_NAME).write_text(model_card(manifest), encoding="utf-8")
     others = sorted(
         path.name
         for path in partial.folder.iterdir()

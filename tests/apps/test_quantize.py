@@ -156,6 +156,27 @@ def test_certificate_is_what_compare_finds(
     assert main(["verify", out]) == 0
 
 
+def test_the_end_says_what_was_lost(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only how long it took was said."""
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    text = ["--text", str(tmp_path / "text.txt")]
+    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), *text]) == 0
+    lost = capsys.readouterr().err.splitlines()[-1]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    names = ("mean KL divergence, nats", "same top token", "perplexity, this", "perplexity, source")
+    kld, same, own, of_source = (re.findall(rf"\| {name} \| (.*) \|", card)[0] for name in names)
+    assert lost == (
+        f"lost      mean KL divergence {kld} nats, same top token {same}, perplexity {own} "
+        f"(source {of_source}); more in {tmp_path / 'out' / 'README.md'}"
+    )
+    assert main(["quantize", str(source), "-o", str(tmp_path / "b"), *text, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+    assert quantize(source, tmp_path / "c") == 0
+    assert "lost  " not in capsys.readouterr().err
+
+
 def test_card_shows_the_certificate(source: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     text = ["--text", str(tmp_path / "text.txt")]
