@@ -39,6 +39,11 @@ WHAT_TO_GIVE = {
     "B": "a second model, of the same vocabulary as the first",
     "NAME": "a hub name, such as meta-llama/Llama-3.2-1B-Instruct",
 }
+STOPPED = {  # by command: what Ctrl-C says where nothing is kept
+    "convert": "no output was made",
+    "quantize": "no output was made",
+    "compare": "nothing is kept: the same command begins anew",
+}
 LONG_OPTION = re.compile(r"--[A-Za-z][\w-]*")
 
 app = App(
@@ -92,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MlxLlamaError as error:
         return _fail(str(error), EXIT_ERROR, is_debugged)
     except KeyboardInterrupt as error:
-        return _stop(error, is_debugged)
+        return _stop(error, command, is_debugged)
     except BrokenPipeError:
         return _end_unread()
     except SystemExit as error:  # what rich makes of it
@@ -103,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{error.filename or 'output'}: {error.strerror}", EXIT_ERROR, is_debugged)
     except Exception as error:
         if is_ctrl_c(error):
-            return _stop(error, is_debugged)
+            return _stop(error, command, is_debugged)
         line = f"unexpected {type(error).__name__}: {error}; --debug shows where"
         return _fail(line, EXIT_ERROR, is_debugged)
 
@@ -130,10 +135,12 @@ def _end_unread() -> int:
     return 0
 
 
-def _stop(error: BaseException, is_debugged: bool) -> int:
-    """End after Ctrl-C; only what is kept, as the exception's notes have it, is worth a line."""
+def _stop(error: BaseException, command: str | None, is_debugged: bool) -> int:
+    """End after Ctrl-C: say what is kept, as the exception's notes have it, or that nothing is."""
     if kept := "; ".join(getattr(error, "__notes__", ())):
         return _fail(f"stopped; {kept}: {GOES_ON}", EXIT_CTRL_C, is_debugged)
+    if command in STOPPED:
+        return _fail(f"stopped; {STOPPED[command]}", EXIT_CTRL_C, is_debugged)
     return EXIT_CTRL_C
 
 

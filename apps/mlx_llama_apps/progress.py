@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
 
-from mlx_llama_apps.terminal import StatusLine, write_line
+from mlx_llama_apps.terminal import CTRL_C_COLUMNS, StatusLine, write_line
 
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_OF_A_STAGE = 30.0  # between lines of what takes minutes
@@ -30,7 +30,7 @@ def byte_bar(title: str, *, is_quiet: bool = False) -> Iterator[OnBytes | None]:
     if not sys.stderr.isatty():
         yield _plain_lines(title)
         return
-    from rich.console import Console
+    from rich.console import Console, ConsoleDimensions
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -41,6 +41,12 @@ def byte_bar(title: str, *, is_quiet: bool = False) -> Iterator[OnBytes | None]:
     )
     from rich.table import Column
 
+    class Narrower(Console):
+        @property
+        def size(self) -> ConsoleDimensions:  # pyright: ignore[reportIncompatibleMethodOverride]
+            width, height = super().size
+            return ConsoleDimensions(max(1, width - CTRL_C_COLUMNS), height)
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
@@ -49,7 +55,7 @@ def byte_bar(title: str, *, is_quiet: bool = False) -> Iterator[OnBytes | None]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[name]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=Narrower(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=None, name="")
 
         def show(done: int, total: int, name: str) -> None:

@@ -37,11 +37,15 @@ def pull(name: str, /, *, revision: str = "main", quiet: bool = False) -> None:
 def fetch(listing: Listing, *, is_quiet: bool = False) -> Snapshot:
     """Download what the cache lacks and say so on stderr."""
     from mlx_llama_convert import hub
+    from mlx_llama_quantize.keeping import told_when_stopped
 
     for line in [] if is_quiet else listing_lines(listing):
         remark(line)
     missing, started = listing.missing_nbytes, monotonic()
-    with byte_bar("downloading", is_quiet=is_quiet) as on_progress:
+    with (
+        told_when_stopped("what was downloaded", listing.root),
+        byte_bar("downloading", is_quiet=is_quiet) as on_progress,
+    ):
         snapshot = hub.download(listing, on_progress=on_progress)
     if missing and not is_quiet:
         remark(f"fetched   {size(missing)} in {monotonic() - started:.1f} s, hashes are right")

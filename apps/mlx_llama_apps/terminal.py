@@ -101,6 +101,9 @@ def read_stdin() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
+CTRL_C_COLUMNS = 2  # what a terminal adds to a line, as ^C; one that it breaks is not cleared
+
+
 class StatusLine:
     """A line on stderr for what takes more than a moment; silent where nobody watches.
 
@@ -129,7 +132,7 @@ class StatusLine:
         with self._lock:
             if not self._is_over and monotonic() >= self._due:
                 self._is_shown = True
-                line = _cut(visible(text), columns_of(sys.stderr) - 1)
+                line = _cut(visible(text), columns_of(sys.stderr) - 1 - CTRL_C_COLUMNS)
                 sys.stderr.write(_CLEAR_LINE + line)
                 sys.stderr.flush()
 

@@ -9,8 +9,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from mlx_llama_apps.compare import costs
 from mlx_llama_apps.main import main
 from mlx_llama_quantize import plots
+from mlx_llama_quantize.comparison import Comparison
 from processes import interrupt, start
 from tiny_models import write_meta
 
@@ -141,11 +143,30 @@ def test_ctrl_c_keeps_what_is_done(folder: Path, home: Path) -> None:
     assert main([*asked, "--json"]) == 0
 
 
+def test_a_comparison_that_kept_nothing_says_so(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended without a word; and what an earlier run had kept was not named."""
+
+    def stop(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    asked = ["compare", "one", "other", "--text", "text.txt", "--context", "64"]
+    monkeypatch.setattr(costs, "_answer", stop)
+    assert main(asked) == 130
+    end = capsys.readouterr().err.splitlines()[-1]
+    assert end == "mlx-llama: stopped; nothing is kept: the same command begins anew"
+    keep = Comparison._keep
+    monkeypatch.setattr(Comparison, "_keep", lambda self: (keep(self), stop()))
+    assert main([*asked, "--no-costs"]) == 130
+    assert "stopped; what was compared is kept in" in capsys.readouterr().err
+    assert main(asked) == 130
+    assert "stopped; what was compared is kept in" in capsys.readouterr().err
+
+
 def test_stopped_comparison_says_that_it_goes_on(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_llama_quantize.comparison import Comparison
-
     asked = ["compare", "one", "other", "--text", "text.txt", "--context", "32", "--no-costs"]
     keep = Comparison._keep
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from terminal import CODE, Terminal
 
 from mlx_llama_apps.main import main
 from processes import environment, interrupt, start
@@ -118,9 +119,27 @@ def test_ctrl_c_in_a_conversion_leaves_nothing(tmp_path: Path, home: Path) -> No
         "sys.exit(main())\n"
     )
     process = start(slow, "convert", source, "-o", tmp_path / "out", home=home)
-    interrupt(process, at="packing")
+    _, errors = interrupt(process, at="packing")
     assert process.returncode == 130
+    assert errors.splitlines()[-1] == "mlx-llama: stopped; no output was made"
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "home") == ["tiny"]
+
+
+def test_ctrl_c_takes_the_bar_away(tmp_path: Path, home: Path) -> None:
+    """It filled the row; the terminal's ^C broke the line, of which the first row stood."""
+    slow = (
+        "import time\n"
+        "from mlx_llama_quantize import packing\n"
+        "pack = packing._pack\n"
+        f"packing._pack = lambda *a: (time.sleep(0.3), pack(*a))[1]\n{CODE}"
+    )
+    asked = ["convert", str(write_meta(tmp_path / "tiny")), "-o", str(tmp_path / "out")]
+    terminal = Terminal(home, argv=[sys.executable, "-c", slow, *asked])
+    terminal.until(lambda: "model.layers.0" in terminal.text, "bar")
+    terminal.interrupt()
+    assert terminal.ended() == 130
+    assert "converting" not in terminal.text
+    assert "mlx-llama: stopped; no output was made" in terminal.text
 
 
 def test_full_disk_is_one_line(tmp_path: Path, home: Path) -> None:

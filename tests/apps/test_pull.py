@@ -248,6 +248,7 @@ def test_an_interrupted_pull_is_continued(
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
     assert output == b""
     assert b"Traceback" not in errors
+    assert (b"stopped; what was downloaded is kept in " in errors) == (how == signal.SIGINT)
     there = partial.stat().st_size
     server.requests.clear()
     assert main(["pull", NAME]) == 0

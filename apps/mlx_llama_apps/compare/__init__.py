@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,8 +91,10 @@ def compare(
     _check(text, questions, plot, dtype, context)
     directories, subjects = _opened(a, b)
     asked = _read_questions(questions)
-    with StatusLine(after_s=0.3) as status:
+    with StatusLine(after_s=0.3) as status, ExitStack() as stack:
         comparison = None if text is None else _comparison(subjects, text, context, dtype, status)
+        if comparison is not None:  # an earlier run's scores are kept while costs are measured, too
+            stack.enter_context(comparison.told_when_stopped())
         costs = None if no_costs else _costs(directories, dtype, status)
         scores = None if comparison is None else _scores(comparison, status)
         accuracy = None if asked is None else _accuracy(directories, asked, dtype, status)
@@ -209,7 +212,7 @@ def _costs(directories: Pair, dtype: str | None, status: StatusLine) -> tuple[Co
 
 def _scores(comparison: Comparison, status: StatusLine) -> Any:
     """Score the text on the inference thread; Ctrl-C ends the wait at once."""
-    with comparison.told_when_stopped(), Inference(lambda: comparison) as inference:
+    with Inference(lambda: comparison) as inference:
         progress = shown(status.show, "comparing")
         return inference.call(lambda state: state.run(on_progress=progress))
 
