@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic, process_time
 from typing import TYPE_CHECKING
 
 from mlx_llama.errors import OptionError
 from mlx_llama.options import ConvertOptions
 from mlx_llama_apps import bundled, paths
+from mlx_llama_apps.disk_wait import DiskWait
 from mlx_llama_apps.flags import AS_USUAL, ConvertFlags, MakingFlags, given
 from mlx_llama_apps.progress import Stages, byte_bar, remark
 from mlx_llama_apps.pull import fetch, listing_lines
@@ -195,12 +195,12 @@ def _carry_out(
     from mlx_llama_convert import convert_checkpoint
     from mlx_llama_convert.card import CARD_NAME, loss_line
 
-    started, started_cpu = monotonic(), process_time()
-    with (
+    packing = (
         byte_bar("converting", is_quiet=quiet)
         if care is None
         else nullcontext(care.stages.of(PACKING))
-    ) as on_progress:
+    )
+    with DiskWait() as disk, packing as on_progress:
         manifest = convert_checkpoint(
             plan,
             target,
@@ -218,14 +218,10 @@ def _carry_out(
         if (lost := loss_line(manifest)) is not None:
             care.stages.tell(f"lost      {lost}; more in {target / CARD_NAME}")
     elif not quiet:
-        elapsed = max(monotonic() - started, 1e-9)
+        elapsed = max(disk.seconds, 1e-9)
         rates = [size(int(count / elapsed)) for count in (plan.source_bytes, plan.output_bytes)]
-        is_busy = process_time() - started_cpu > 0.7 * elapsed * thread_count()
-        limit = "the processor" if is_busy else "the disk"
-        remark(
-            f"done in {elapsed:.1f} s, {rates[0]} read and {rates[1]} written a second, limited by "
-            f"{limit}"
-        )
+        limit = ", limited by the disk" if disk.is_the_limit else ""
+        remark(f"done in {elapsed:.1f} s, {rates[0]} read and {rates[1]} written a second{limit}")
 
 
 def thread_count() -> int:

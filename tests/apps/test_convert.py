@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,16 @@ def test_convert_without_output_writes_into_the_models_folder(
     assert out == [str(home / "data" / "models" / "tiny-8bit")]
     assert main(["show", "tiny-8bit"]) == 0
     assert "8 bits, group 64" in capsys.readouterr().out
+
+
+def test_a_moment_is_not_said_to_be_the_disks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever kept the processor from work was called the disk."""
+    source = write_meta(tmp_path / "tiny")
+    assert main(["convert", str(source), "-o", str(tmp_path / "out")]) == 0
+    end = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"done in .* s, .* read and .* written a second", end)
 
 
 def test_output_knows_the_home_folder(
