@@ -287,7 +287,10 @@ def _refuse_too_many(path: Path, config: ModelConfig, tensors: Mapping[str, Tens
 
 def _no_model(path: Path) -> str:
     if not path.exists():
-        return f"{path}: no such folder; give a model directory, or make one with mlx-llama convert"
+        return (
+            f"{path}: no such folder; give the path of a model directory: mlx-llama convert makes "
+            "one and prints its path, mlx-llama show NAME that of a name such as bundled"
+        )
     if path.is_file():
         return f"{path}: a file, expected a model directory (config.json and safetensors)"
     if (path / "params.json").is_file():

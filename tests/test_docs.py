@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import mlx_llama
 from make_commands_page import PAGE, page
-from mlx_llama_apps.main import COMMANDS, arguments_of
+from mlx_llama_apps.main import COMMANDS, arguments_of, main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,6 +66,17 @@ def test_examples_run(
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out.strip()
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 40
+
+
+def test_the_guide_loads_in_python_as_its_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    (asked,) = re.findall(r"^ +mlx-llama (convert bundled .*)$", text, re.MULTILINE)
+    (name,) = re.findall(r'makes a folder of .* `mlx_llama\.load\("(.*)"\)`', text)
+    monkeypatch.chdir(tmp_path)
+    assert main(asked.split()) == 0
+    assert mlx_llama.load(name).generate("Hi", max_tokens=1)
 
 
 def test_chat_page_names_every_command() -> None:

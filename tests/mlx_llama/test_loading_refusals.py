@@ -33,7 +33,7 @@ Raw = dict[str, Any]
 
 
 def test_what_is_no_model_directory_is_told_what_to_do(tmp_path: Path) -> None:
-    assert_refused(tmp_path / "none", "no such folder", "mlx-llama convert")
+    assert_refused(tmp_path / "none", "no such folder", "mlx-llama convert", "show NAME")
     assert_refused(tmp_path, "no config.json", "mlx-llama convert")
     assert_refused(
         write_hf(tmp_path / "model") / "config.json", "a file, expected a model directory"
