@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -191,7 +192,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("runs on", f"{facts['backend']}, {facts['dtype']}"),
         ("kernels", _kernels(facts)),
-        *_memory_rows(facts["memory"]),
+        *_memory_rows(facts["memory"], facts["context"]),
     ]
     for file in facts["source_files"]:
         digest = f"sha256 {str(file.get('sha256', ''))[:16]}…"
@@ -209,7 +210,7 @@ def _kernels(facts: dict[str, Any]) -> str:
     return kernels["summary"]
 
 
-def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
+def _memory_rows(memory: dict[str, Any], most: int) -> list[tuple[str, str]]:
     found = memory["found"]
     free = "" if found is None else f" of {size(found)} free"
     doubt = "" if memory["is_proven"] else " (unproven on this device)"
@@ -217,8 +218,6 @@ def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
     kept = memory["kv_dtype"]
     if memory["kv_bits"] not in PLAIN_BITS:
         kept = f"{memory['kv_bits']} bits"
-    longest = memory["largest_contexts"].items()
-    most = ", ".join(f"{n} with --kv-bits {bits}" for bits, n in longest)
     return [
         (
             "memory",
@@ -227,8 +226,16 @@ def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
             f"cache {size(memory['cache'])} ({kept}), workspace "
             f"{size(memory['workspace'] + memory['scratch'])}",
         ),
-        ("fits", f"contexts up to {most}"),
+        ("fits", f"contexts up to {_longest(memory['largest_contexts'], most)}"),
     ]
+
+
+def _longest(contexts: Mapping[str, int], most: int) -> str:
+    """Say which contexts fit by the bits of the cache; at once where all reach the model's most."""
+    if len(contexts) > 1 and set(contexts.values()) == {most}:
+        *bits, last = contexts
+        return f"{most}, the model's longest, with --kv-bits {', '.join(bits)} or {last}"
+    return ", ".join(f"{n} with --kv-bits {bits}" for bits, n in contexts.items())
 
 
 def _file_size(file: dict[str, Any]) -> str:

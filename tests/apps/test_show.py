@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mlx_llama.memory import Demand
 from mlx_llama_apps.main import main
 from mlx_llama_apps.terminal import visible
 from model_folders import write_hf
@@ -48,6 +49,30 @@ def test_texts_of_the_files_send_nothing_to_the_terminal(
         assert json.loads(shown)["source_files"][0]["bytes"] == 5
     else:
         assert not any(line.startswith("model  /fake") for line in shown.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("contexts", "told"),
+    [
+        (
+            {"32": 4096, "16": 4096, "8": 4096},
+            "4096, the model's longest, with --kv-bits 32, 16 or 8",
+        ),
+        ({"32": 1024, "16": 4096}, "1024 with --kv-bits 32, 4096 with --kv-bits 16"),
+        ({"32": 1024, "16": 1024}, "1024 with --kv-bits 32, 1024 with --kv-bits 16"),
+        ({"16": 4096}, "4096 with --kv-bits 16"),
+    ],
+)
+def test_contexts_that_are_all_the_models_longest_are_said_once(
+    contexts: dict[str, int],
+    told: str,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(Demand, "largest_contexts", lambda self, found: contexts)
+    assert main(["show", str(model)]) == 0
+    assert f"\nfits          contexts up to {told}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("nbytes", ["many", None, True, -1, 1.5, [], 10**400])
