@@ -85,6 +85,8 @@ def bench(
             "prefill_chunk": options.prefill_chunk,
         }
         ours, peers = _engines(stack, directory, rival, load_options, options, status)
+        if left_out := case_flags.left_out(directory.config.max_context):
+            status.remark(left_out)
         _measure(report, [ours, *peers], cases, case_flags.repetitions, status)
         if load_options.activations == INT8:
             report.rounding = ours.cost_of_rounding(status)

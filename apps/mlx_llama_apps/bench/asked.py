@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlx_llama_apps.bench.cases import Case
 
 PROMPT, GENERATE, DEPTHS, REPETITIONS = 512, 128, (0, 4096), 5
+ENDS, WHY_ENDS = 2, "two of them to begin and end with"
 BITS = (2, 3, 4, 5, 6, 8, 16)
 LLAMA_CPP = "llama.cpp"
 
@@ -68,9 +69,8 @@ class CaseFlags:
         """
         from mlx_llama_apps.bench.cases import cases_of
 
-        most = max_context - 2
-        n_prompt = min(PROMPT, most) if self.prompt is None else self.prompt
-        n_generate = min(GENERATE, most) if self.generate is None else self.generate
+        most = max_context - ENDS
+        n_prompt, n_generate = self._counts(most)
         longest = max(n_prompt, n_generate)
         depths = self.depth
         if depths is None:
@@ -78,10 +78,28 @@ class CaseFlags:
         if (deepest := max(depths) + longest) > most:
             raise OptionError(
                 f"--depth {max(depths)}: with {longest} tokens behind it that is {deepest}, and "
-                f"the model was trained for {max_context} positions, two of them to begin and end "
-                "with; lower --depth, --prompt or --generate"
+                f"the model was trained for {max_context} positions, {WHY_ENDS}; lower --depth, "
+                "--prompt or --generate"
             )
         return cases_of(n_prompt, n_generate, depths)
+
+    def left_out(self, max_context: int) -> str | None:
+        """Say which depths that are measured by default are beyond the model, and why."""
+        longest = max(self._counts(max_context - ENDS))
+        beyond = [depth for depth in DEPTHS if depth + longest > max_context - ENDS]
+        if self.depth is not None or not beyond:
+            return None
+        return (
+            f"depth {', '.join(map(str, beyond))} is left out: with {longest} tokens behind it "
+            f"that is {max(beyond) + longest}, and the model was trained for {max_context} "
+            f"positions, {WHY_ENDS}"
+        )
+
+    def _counts(self, most: int) -> tuple[int, int]:
+        """Return how many tokens are read and generated; defaults go as far as so many."""
+        n_prompt = min(PROMPT, most) if self.prompt is None else self.prompt
+        n_generate = min(GENERATE, most) if self.generate is None else self.generate
+        return n_prompt, n_generate
 
 
 @dataclass(frozen=True, slots=True)

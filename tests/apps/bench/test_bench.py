@@ -107,10 +107,16 @@ def test_markdown_is_a_table(base_model: Path, capsys: pytest.CaptureFixture[str
 def test_defaults_go_as_far_as_the_model(
     base_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The tiny model's context is 2048: neither depth 4096 nor 512 tokens behind it would fit."""
+    """The tiny model's context is 4096: nothing fits behind as many tokens, and that is said."""
     assert main(["bench", str(base_model), "--generate", "2", "--repetitions", "1", "--json"]) == 0
-    names = [test["name"] for test in json.loads(capsys.readouterr().out)["tests"]]
-    assert names == ["pp512", "tg2"]
+    told = capsys.readouterr()
+    assert [test["name"] for test in json.loads(told.out)["tests"]] == ["pp512", "tg2"]
+    assert (
+        "depth 4096 is left out: with 512 tokens behind it that is 4608, and the model was trained "
+        "for 4096 positions, two of them to begin and end with" in told.err
+    )
+    assert main(["bench", str(base_model), *FEW, "--depth", "0"]) == 0
+    assert "left out" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bits", ["4", "16"])
