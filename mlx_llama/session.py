@@ -318,10 +318,12 @@ class Session:
             return
         turn.steps.close()
         known = [*turn.ids, *turn.answer]
+        is_as_before = bool(turn.trimmed) and not turn.answer and self.messages is turn.before
         # A step that was queued early may have cached a token that was never read.
-        self.cache.trim(max(0, self.cache.offset - len(known)))
+        surplus = max(0, self.cache.offset - len(known))
+        self.cache.trim(surplus, gives_back=not is_as_before)
         self.tokens = known[: self.cache.offset]
-        if turn.trimmed and not turn.answer and self.messages is turn.before:
+        if is_as_before:
             # Only rows of the same tokens were written to: those behind them are as they were.
             self.tokens = turn.trimmed
             self.cache.recount(len(self.tokens) - self.cache.offset)

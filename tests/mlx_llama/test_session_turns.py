@@ -246,6 +246,20 @@ def test_answer_that_nothing_takes_the_place_of_comes_back(llama: Llama, is_edit
     assert is_edited or costs[0] == costs[1]
 
 
+def test_a_long_answer_comes_back_with_its_rows(llama: Llama) -> None:
+    """The buffers were shortened to the question, and its rows could not be counted again."""
+    session = begin(llama, context=2048)
+    answer(session, "hello", max_tokens=1200, ignore_eos=True)
+    before, tokens = list(session.messages), list(session.tokens)
+    cancel = threading.Event()
+    cancel.set()
+    assert [step.finish_reason for step in session.retry(cancel=cancel)] == ["cancelled"]
+    assert session.messages == before
+    assert session.tokens == tokens and session.cache.offset == len(tokens) > 1024
+    answer(session, "the", max_tokens=4)
+    assert session.messages[: len(before)] == before
+
+
 @pytest.mark.parametrize("max_tokens", [1, 8])
 @pytest.mark.parametrize("wish", ["retry", "edit", "ask"])
 def test_first_token_that_comes_after_the_stop_costs_no_answer(

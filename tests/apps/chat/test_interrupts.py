@@ -97,7 +97,7 @@ def assert_saved_as_held(terminal: Terminal, home: Path) -> None:
 
 
 def test_retry_stopped_at_once_keeps_the_answer(home: Path, chat_model: Path, start: Start) -> None:
-    terminal = start(chat_model, "--max-tokens", 9)
+    terminal = start(chat_model, "--max-tokens", 9, "--ignore-eos", "--seed", 1)
     terminal.enter("hello")
     before = said(home)
     terminal.send("/retry\r\x03")
