@@ -16,4 +16,10 @@ def main(model: str, first: str, second: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) != 4:
+        print("usage: python examples/converse.py MODEL FIRST SECOND", file=sys.stderr)
+        sys.exit(2)
+    try:
+        main(*sys.argv[1:])
+    except mlx_llama.MlxLlamaError as error:
+        sys.exit(str(error))

@@ -18,4 +18,10 @@ def main(model: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) != 3:
+        print("usage: python examples/score.py MODEL TEXT", file=sys.stderr)
+        sys.exit(2)
+    try:
+        main(*sys.argv[1:])
+    except mlx_llama.MlxLlamaError as error:
+        sys.exit(str(error))

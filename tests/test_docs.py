@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import mlx_llama
 from make_commands_page import PAGE, page
 from mlx_llama_apps.main import COMMANDS, arguments_of, main
+from processes import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -66,6 +68,34 @@ def test_examples_run(
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out.strip()
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 40
+
+
+@pytest.mark.parametrize(
+    ("example", "arguments", "code", "told"),
+    [
+        ("complete", [], 2, "usage: python examples/complete.py MODEL TEXT"),
+        ("converse", ["BASE", "hello"], 2, "usage: python examples/converse.py MODEL FIRST SECOND"),
+        ("score", ["BASE"], 2, "usage: python examples/score.py MODEL TEXT"),
+        ("score", ["BASE", ""], 1, "no token ids"),
+        ("complete", ["none", "hello"], 1, "none: no such folder"),
+        ("converse", ["BASE", "hello", "world"], 1, "a base model"),
+    ],
+)
+def test_examples_that_cannot_run_say_so_in_a_line(
+    base_model: Path, home: Path, example: str, arguments: list[str], code: int, told: str
+) -> None:
+    given = [str(base_model) if each == "BASE" else each for each in arguments]
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / f"{example}.py", *given],
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert told in line
+    assert done.stdout == ""
 
 
 def test_the_guide_loads_in_python_as_its_page_says(
