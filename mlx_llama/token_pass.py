@@ -1,7 +1,6 @@
 """One token's way through a whole model in one operation, where the native kernels take it.
 
-What MLX and Python cost for each operation is a good part of a token's time otherwise: a third of
-it for 110M parameters.
+What MLX and Python cost for each operation is a good part of a small model's token otherwise.
 """
 
 from __future__ import annotations

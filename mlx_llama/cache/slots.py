@@ -54,8 +54,10 @@ class Buffers:
             return *self._own, self._after
         stored = []
         for layer in self.layers:
+            before = layer.keys
             stored.append(layer.grown(n_rows))
-            mx.eval(layer.arrays)  # one after the other: old and new stand together for one alone
+            if layer.keys is not before:
+                mx.eval(layer.arrays)  # one by one: old and new stand together for one layer alone
         return [[*k.arrays] for k, _ in stored], [[*v.arrays] for _, v in stored], None
 
     def take(self, over: mx.array, keys: Arrays, values: Arrays) -> None:

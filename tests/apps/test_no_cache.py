@@ -119,7 +119,7 @@ def test_disk_counts_what_a_calibration_writes_down(tmp_path: Path) -> None:
 def test_another_disk_is_asked_too(tmp_path: Path) -> None:
     other = Path("/dev/shm")
     if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("one disk is all there is")
+        pytest.skip("/dev/shm is no other disk than that of the tests' folder")
     needs = needs_of(
         weights=1,
         output_bytes=1,

@@ -213,7 +213,7 @@ def test_llama_cpp_computes_by_as_many_threads_as_this_project(
 ) -> None:
     """It took four by itself, and waited for itself on two processors."""
     if asked and ops.kernels() is None:
-        pytest.skip("nothing here has threads to count")
+        pytest.skip("--threads counts those of the native kernels, which are not installed")
     log, file = tmp_path / "log", tmp_path / "m.gguf"
     file.write_bytes(b"GGUF")
     program = peer(tmp_path, f"open({str(log)!r}, 'w').write(sys.argv[-2])")
@@ -389,7 +389,7 @@ def test_ctrl_c_says_which_tests_were_not_done(
     )
     asked = ["--activations", "int8"] if "rounding" in where else []
     if asked and not native.takes_bytes(QuantFormat(4, 32)):
-        pytest.skip("no activations are rounded here")
+        pytest.skip("--activations int8 is refused: these instructions round none")
     process = start(slow, "bench", "--shape", "15m", *FEW, "--depth", "0", *asked, home=home)
     out, errors = interrupt(process, at="now")
     assert process.returncode == 130
