@@ -130,7 +130,8 @@ class _Found:
         missing = [case.name for case in self.cases[done:]]
         if self.report.model["activations"] == INT8:  # they are measured last
             missing.append("what rounded activations cost")
-        return f"{done} of {len(self.cases)} tests were done, not {', '.join(missing)}"
+        said = f"{done} of {len(self.cases)} tests were done"
+        return f"{said}, not {', '.join(missing)}" if missing else said
 
 
 @contextmanager
